@@ -1,0 +1,1 @@
+"""Prefect flows: what a person starts, schedules and compares."""
