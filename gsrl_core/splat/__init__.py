@@ -1,0 +1,1 @@
+"""3D Gaussians: files, scenes and rasterisers."""
