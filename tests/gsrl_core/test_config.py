@@ -1,0 +1,76 @@
+"""Presets expand, overrides are checked against the whole, and every refusal names what is legal."""
+
+import pytest
+import yaml
+
+from gsrl_core import config
+from gsrl_core.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_preset_is_valid_and_only_full_has_no_base(preset):
+    assert isinstance(config.load(preset), config.PipelineConfig)
+    differences = yaml.safe_load((config.config_dir() / f"{preset.replace('-', '_')}.yaml").read_text())
+    assert ("base" in differences) == (preset != "full")
+
+
+def test_full_is_the_seeds_recipe():
+    full = config.load("full")
+    decisions = full.sim.max_episode_steps // full.policy.action_chunk
+    assert full.sim.num_envs * full.ppo.rollout_epochs * decisions == 10_240
+    assert (full.sim.sim_hz, full.sim.control_hz, full.policy.noise_level) == (500, 10, 0.5)
+
+
+def test_override_replaces_one_value_only():
+    changed = config.load("laptop", {"ppo.learning_rate": 1e-6})
+    assert changed.ppo.learning_rate == 1e-6
+    assert changed.model_copy(update={"ppo": config.load("laptop").ppo}) == config.load("laptop")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"ppo.learnin_rate": 1e-5}, "did you mean ppo.learning_rate"),
+        ({"ppo": {}}, "unknown key 'ppo'"),
+        ({"nothing.here": 1}, "unknown key 'nothing.here'"),
+        ({"ppo.learning_rate.x": 1}, "unknown key"),
+        ({"ppo.learning_rate": -1}, "ppo.learning_rate: Input should be greater than 0 (given: -1)"),
+        ({"ppo.iterations": "many"}, "ppo.iterations"),
+        ({"ppo.micro_batch": 100}, "must be a multiple of ppo.micro_batch"),
+        ({"policy.action_chunk": 7}, "must be a multiple of policy.action_chunk"),
+        ({"sim.sim_hz": 501}, "must be a multiple of control_hz"),
+        ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
+    ],
+)
+def test_bad_override_is_refused_with_the_reason(overrides, said):
+    with pytest.raises(ConfigError) as refusal:
+        config.load("laptop", overrides)
+    assert said in str(refusal.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean laptop"):
+        config.load("laptob")
+
+
+def test_assignments_are_yaml_and_exponents_are_numbers():
+    parsed = config.parse_assignments(["ppo.learning_rate=1e-5", "ppo.target_kl=null", "assets.capture=./photos"])
+    assert parsed == {"ppo.learning_rate": 1e-5, "ppo.target_kl": None, "assets.capture": "./photos"}
+
+
+@pytest.mark.parametrize("text", ["ppo.learning_rate", "=3", "ppo.seed=[1"])
+def test_malformed_assignment_is_refused(text):
+    with pytest.raises(ConfigError, match="--set"):
+        config.parse_assignments([text])
+
+
+def test_deployment_parameters_are_plain_json_and_round_trip():
+    parameters = config.as_parameters("one-gpu")
+    assert config.PipelineConfig.model_validate(parameters["config"]) == config.load("one-gpu")
+
+
+def test_sections_are_frozen_and_closed():
+    with pytest.raises(Exception, match="frozen"):
+        config.load("laptop").ppo.seed = 3  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="camera"):
+        config.load("laptop", {"sim.cameras": [{"name": "a", "camera": 1}]})
