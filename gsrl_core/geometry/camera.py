@@ -108,8 +108,12 @@ def from_sapien(
     Args:
         position: optical centre in the world frame (m).
         rotation: 3x3; its columns are the camera's x (forward), y (left) and z (up) axes in the world frame.
-        fx, fy, cx, cy: intrinsics (px).
-        width, height: image size (px).
+        fx: horizontal focal length (px).
+        fy: vertical focal length (px).
+        cx: horizontal principal point (px).
+        cy: vertical principal point (px).
+        width: image width (px).
+        height: image height (px).
 
     Raises:
         CaptureError: ``rotation`` is not a rotation matrix (tolerance 1e-3).

@@ -45,7 +45,7 @@ def write_ply(path: Path, gaussians: Gaussians) -> None:
     """Write binary little-endian, atomically (a reader sees the old file or the whole new one)."""
     tensors = [tensor.detach().to("cpu", torch.float32).numpy() for tensor in gaussians.tensors()]
     means, quats, log_scales, logit_opacities, harmonics = tensors
-    rest = harmonics[:, 1:].transpose(0, 2, 1).reshape(len(means), -1)
+    rest = harmonics[:, 1:].transpose(0, 2, 1).reshape(len(means), 3 * (harmonics.shape[1] - 1))
     columns = [means, np.zeros_like(means), harmonics[:, 0], rest, logit_opacities[:, None], log_scales, quats]
     names = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{i}" for i in range(3))]
     names += [f"f_rest_{i}" for i in range(rest.shape[1])]
@@ -151,9 +151,11 @@ def _from_table(path: Path, table: np.ndarray) -> Gaussians:
 
 
 def _check_rows(path: Path, gaussians: Gaussians) -> None:
-    rows = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in _as_matrices(gaussians)]).all(0)
-    if not rows.all():
-        bad = (~rows).nonzero()[:, 0]
+    finite = torch.ones(len(gaussians), dtype=torch.bool)
+    for tensor in gaussians.tensors():
+        finite &= tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0]
         raise SceneError(
             f"{path}: {len(bad)} of {len(gaussians)} Gaussians have a NaN or infinite value (first: row "
             f"{int(bad[0])}); remove them or export the file again"
@@ -161,10 +163,6 @@ def _check_rows(path: Path, gaussians: Gaussians) -> None:
     zero = gaussians.quats.norm(dim=1) < 1e-12
     if zero.any():
         raise SceneError(f"{path}: {int(zero.sum())} Gaussians have a zero quaternion; export the file again")
-
-
-def _as_matrices(gaussians: Gaussians) -> list[torch.Tensor]:
-    return [tensor.reshape(len(gaussians), -1) if len(gaussians) else tensor.reshape(0, 1) for tensor in gaussians.tensors()]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
