@@ -82,13 +82,12 @@ def plate_convex_parts(segments: int = 16) -> list[Mesh]:
     angle = 2 * np.pi * np.arange(segments + 1) / segments
     section = np.array(_WALL)
     profiles = [np.stack([section[:, 0] * np.cos(a), section[:, 0] * np.sin(a), section[:, 1]], axis=1) for a in angle]
-    return [_floor_disc(angle[:-1])] + [_prism(profiles[i], profiles[i + 1]) for i in range(segments)]
+    return [_floor_disc(angle[:-1])] + [_prism(profiles[i + 1], profiles[i]) for i in range(segments)]
 
 
 def _floor_disc(angle: np.ndarray) -> Mesh:
     ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) * PLATE_FLOOR_RADIUS
     bottom, top = (np.column_stack([ring, np.full(len(ring), z)]) for z in (0.0, PLATE_FLOOR_THICKNESS))
-    # Clockwise below, so that _prism's caps and sides face outwards.
     return _prism(bottom, top)
 
 
