@@ -1,0 +1,258 @@
+"""Experience: what episodes leave behind for learning, and how it is gathered.
+
+Only environments that are still running are inferred. Groups of environments (pipeline stages) are stepped in threads,
+so that the physics and rendering of one group overlap with the policy's work for another; the order of the policy's
+calls, and with it the use of the random generator, does not depend on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gsrl_core.errors import SimulationError
+from gsrl_core.interfaces import ActionSample, Observation, Policy, Step, VecEnv
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T chunks of B episodes. Where ``valid`` is false the episode was over and the other fields are zero."""
+
+    log_prob: Tensor
+    """float32 [T, B]."""
+    value: Tensor
+    """float32 [T, B]: critic of the observation the chunk was chosen in."""
+    next_value: Tensor
+    """float32 [T, B]: critic of the observation the chunk ended in; zero after termination."""
+    reward: Tensor
+    """float32 [T, B]."""
+    terminated: Tensor
+    """bool [T, B]: the task ended inside this chunk."""
+    truncated: Tensor
+    """bool [T, B]: time ran out inside this chunk."""
+    valid: Tensor
+    """bool [T, B]."""
+    chain: tuple[Mapping[str, Tensor], ...]
+    """``Policy.evaluate``'s input in parts, as they were inferred; N rows in all, for valid chunks only."""
+    position: Tensor
+    """int64 [N]: flat index t * B + b of every row of ``chain``."""
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of valid chunks."""
+        return len(self.position)
+
+    def samples(self, grid: Tensor) -> Tensor:
+        """Of a [T, B] tensor the entries of the stored samples, [N] in the order of ``chain``."""
+        return grid.reshape(-1)[self.position]
+
+    def chain_rows(self, index: Tensor) -> dict[str, Tensor]:
+        """The rows ``index`` (int64 [n]) of ``chain``; the parts are never joined, that would double the memory."""
+        sizes = torch.tensor([len(next(iter(part.values()))) for part in self.chain])
+        ends = sizes.cumsum(0)
+        owner = torch.searchsorted(ends, index, right=True)
+        rows = {key: tensor.new_empty(len(index), *tensor.shape[1:]) for key, tensor in self.chain[0].items()}
+        for number in owner.unique().tolist():
+            target = (owner == number).nonzero().squeeze(1)
+            source = index[target] - (ends[number] - sizes[number])
+            for key, tensor in self.chain[number].items():
+                rows[key][target.to(tensor.device)] = tensor[source.to(tensor.device)]
+        return rows
+
+
+@dataclass(frozen=True)
+class EpisodeStats:
+    """One row per episode."""
+
+    seeds: tuple[int, ...]
+    success: Tensor
+    """bool [E]: strict."""
+    success_seed: Tensor
+    """bool [E]: the seed's looser test, at any time."""
+    length: Tensor
+    """int64 [E]: control steps."""
+    episode_return: Tensor
+    """float32 [E]: undiscounted sum of rewards."""
+
+
+def collect(
+    envs: Sequence[VecEnv],
+    policy: Policy,
+    seeds: Sequence[int],
+    generator: torch.Generator,
+    *,
+    max_chunks: int,
+    explore: bool = True,
+) -> tuple[Rollout, EpisodeStats]:
+    """Play one episode per seed and keep what learning needs.
+
+    Args:
+        envs: the pipeline stages; the seeds are dealt to them in order, ``num_envs`` each.
+        policy: chooses the chunks and judges observations.
+        seeds: as many as the environments of all stages together, or a multiple: then batch after batch.
+        generator: of the policy's noise.
+        max_chunks: an episode still running after this many chunks is cut and bootstrapped, as truncation is.
+        explore: false integrates the policy's ODE.
+
+    Raises:
+        SimulationError: the number of seeds does not fit, or an environment reports a non-finite reward.
+    """
+    width = sum(env.num_envs for env in envs)
+    if not seeds or len(seeds) % width:
+        raise SimulationError(f"{len(seeds)} seeds for {width} environments; give a positive multiple of {width}")
+    batches = []
+    with ThreadPoolExecutor(len(envs), thread_name_prefix="env-stage") as threads:
+        for start in range(0, len(seeds), width):
+            stages, first = [], start
+            for env in envs:
+                stages.append(_Stage(env, policy, seeds[first : first + env.num_envs], generator, explore))
+                first += env.num_envs
+            _play(stages, threads, max_chunks)
+            batches.extend(stage.finish() for stage in stages)
+    return concatenate([rollout for rollout, _ in batches]), _join_stats([stats for _, stats in batches])
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Side by side along B, shorter ones padded with invalid chunks; chain rows follow in the order given."""
+    length = max(len(rollout.valid) for rollout in rollouts)
+    width = sum(rollout.valid.shape[1] for rollout in rollouts)
+    grids = {
+        field.name: torch.cat([_padded(getattr(rollout, field.name), length) for rollout in rollouts], dim=1)
+        for field in fields(Rollout)
+        if field.name not in ("chain", "position")
+    }
+    positions, first = [], 0
+    for rollout in rollouts:
+        own_width = rollout.valid.shape[1]
+        t, b = rollout.position // own_width, rollout.position % own_width
+        positions.append(t * width + first + b)
+        first += own_width
+    chain = tuple(part for rollout in rollouts for part in rollout.chain)
+    return Rollout(**grids, chain=chain, position=torch.cat(positions))
+
+
+def _padded(grid: Tensor, length: int) -> Tensor:
+    return torch.cat([grid, grid.new_zeros(length - len(grid), grid.shape[1])])
+
+
+def _join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
+    return EpisodeStats(
+        seeds=tuple(seed for part in parts for seed in part.seeds),
+        success=torch.cat([part.success for part in parts]),
+        success_seed=torch.cat([part.success_seed for part in parts]),
+        length=torch.cat([part.length for part in parts]),
+        episode_return=torch.cat([part.episode_return for part in parts]),
+    )
+
+
+def _play(stages: Sequence[_Stage], threads: ThreadPoolExecutor, max_chunks: int) -> None:
+    pending: list[Future[None] | None] = [threads.submit(stage.reset) for stage in stages]
+    for _ in range(max_chunks):
+        for index, stage in enumerate(stages):
+            running = pending[index]
+            if running is not None:
+                running.result()
+            # The policy is asked by this thread only, stage after stage: the generator's use is reproducible.
+            actions = stage.choose()
+            pending[index] = None if actions is None else threads.submit(stage.execute, actions)
+        if all(running is None for running in pending):
+            return
+    for running in pending:
+        if running is not None:
+            running.result()
+
+
+class _Stage:
+    """One group of environments on its way through an episode each."""
+
+    def __init__(
+        self, env: VecEnv, policy: Policy, seeds: Sequence[int], generator: torch.Generator, explore: bool
+    ) -> None:
+        self.env, self.policy, self.seeds = env, policy, tuple(seeds)
+        self.generator, self.explore = generator, explore
+        self.observation: Observation | None = None
+        self.done = torch.zeros(env.num_envs, dtype=torch.bool)
+        self.success = torch.zeros(env.num_envs, dtype=torch.bool)
+        self.success_seed = torch.zeros(env.num_envs, dtype=torch.bool)
+        self.length = torch.zeros(env.num_envs, dtype=torch.int64)
+        self._cut = torch.zeros_like(self.done)
+        """bool [B]: truncated in the last chunk; valued by the thread that also calls ``act``."""
+        self.rows: list[dict[str, Tensor]] = []
+        self.chains: list[Mapping[str, Tensor]] = []
+
+    def reset(self) -> None:
+        self.observation = self.env.reset(self.seeds)
+
+    def choose(self) -> Tensor | None:
+        """Actions [B, H, A] for the next chunk, zero where the episode is over; None when all are."""
+        self._bootstrap(self._cut)
+        active = (~self.done).nonzero().squeeze(1)
+        if not len(active):
+            return None
+        assert self.observation is not None
+        observation = self.observation
+        everyone = len(active) == self.env.num_envs
+        sample = self.policy.act(
+            observation if everyone else observation.select(active), self.generator, explore=self.explore
+        )
+        self._close_previous(active, sample.value)
+        self._open_row(active, sample)
+        actions = sample.actions.new_zeros(self.env.num_envs, *sample.actions.shape[1:])
+        actions[active.to(actions.device)] = sample.actions
+        return actions
+
+    def execute(self, actions: Tensor) -> None:
+        step: Step = self.env.step_chunk(actions)
+        row, was_active = self.rows[-1], ~self.done
+        reward = step.reward.cpu().float()
+        if not reward[was_active].isfinite().all():
+            bad = [self.seeds[b] for b in (was_active & ~reward.isfinite()).nonzero().squeeze(1).tolist()]
+            raise SimulationError(f"non-finite reward in the episodes of seeds {bad}; the physics diverged")
+        row["reward"] = torch.where(was_active, reward, 0.0)
+        row["terminated"] = step.terminated.cpu() & was_active
+        row["truncated"] = step.truncated.cpu() & was_active & ~row["terminated"]
+        self.observation = step.observation
+        self.success, self.success_seed = step.success.cpu(), step.success_seed.cpu()
+        self.length += step.executed.cpu()
+        self._cut = row["truncated"]
+        self.done = self.done | row["terminated"] | row["truncated"]
+
+    def finish(self) -> tuple[Rollout, EpisodeStats]:
+        self._bootstrap(self._cut | ~self.done)
+        grids = {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
+        rollout = Rollout(
+            **grids, chain=tuple(self.chains), position=grids["valid"].reshape(-1).nonzero().squeeze(1)
+        )
+        stats = EpisodeStats(
+            seeds=self.seeds,
+            success=self.success,
+            success_seed=self.success_seed,
+            length=self.length,
+            episode_return=grids["reward"].sum(0),
+        )
+        return rollout, stats
+
+    def _close_previous(self, active: Tensor, value: Tensor) -> None:
+        # Those still active did not end in the previous chunk: the value of now is its next value.
+        if self.rows:
+            self.rows[-1]["next_value"][active] = value.detach().cpu().float()
+
+    def _open_row(self, active: Tensor, sample: ActionSample) -> None:
+        row = {name: torch.zeros(self.env.num_envs) for name in ("log_prob", "value", "next_value", "reward")}
+        row["log_prob"][active] = sample.log_prob.detach().cpu().float()
+        row["value"][active] = sample.value.detach().cpu().float()
+        row["valid"] = ~self.done
+        row["terminated"] = row["truncated"] = torch.zeros_like(self.done)
+        self.rows.append(row)
+        self.chains.append({key: tensor.detach() for key, tensor in sample.chain.items()})
+
+    def _bootstrap(self, ended: Tensor) -> None:
+        index = ended.nonzero().squeeze(1)
+        if len(index):
+            assert self.observation is not None
+            value = self.policy.value(self.observation.select(index)).detach().cpu().float()
+            self.rows[-1]["next_value"][index] = value

@@ -1,0 +1,104 @@
+"""A small environment and policy whose optimum is known, for tests of learning (nothing here is physics)."""
+
+import math
+import threading
+
+import torch
+from torch import nn
+
+from gsrl_core.interfaces import ActionSample, Evaluation, Observation, Step
+
+
+class ReachEnv:
+    """Points on a line must be brought within 0.1 of a goal; a step moves by at most 0.2. Success ends the episode."""
+
+    action_dim = 1
+    control_hz = 10.0
+
+    def __init__(self, num_envs, max_episode_steps=8, fail_at=None):
+        self.num_envs, self.max_episode_steps, self.fail_at = num_envs, max_episode_steps, fail_at
+        self.calls = 0
+        self.threads = set()
+
+    def reset(self, seeds):
+        assert len(seeds) == self.num_envs
+        draws = [torch.rand(2, generator=torch.Generator().manual_seed(int(seed))) * 2 - 1 for seed in seeds]
+        self.position, self.goal = torch.stack(draws).T.clone()
+        self.steps = torch.zeros(self.num_envs, dtype=torch.int64)
+        self.success = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.loose = self.success.clone()
+        return self._observation()
+
+    def step_chunk(self, actions):
+        self.threads.add(threading.current_thread().name)
+        self.calls += 1
+        reward, executed = torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.int64)
+        for h in range(actions.shape[1]):
+            running = ~self.success & (self.steps < self.max_episode_steps)
+            move = actions[:, h, 0].cpu().clamp(-1, 1) * 0.2
+            self.position = torch.where(running, self.position + move, self.position)
+            reached = running & ((self.position - self.goal).abs() < 0.1)
+            self.loose |= running & ((self.position - self.goal).abs() < 0.2)
+            self.success |= reached
+            reward += reached.float()
+            executed += running
+            self.steps += running
+        if self.fail_at == self.calls:
+            reward[0] = float("nan")
+        truncated = (self.steps >= self.max_episode_steps) & ~self.success
+        return Step(
+            self._observation(), reward, self.success.clone(), truncated, self.success.clone(), self.loose.clone(), executed
+        )  # fmt: skip
+
+    def _observation(self):
+        level = ((self.position - self.goal).clamp(-1, 1) * 127 + 127).to(torch.uint8)
+        picture = level[:, None, None, None].expand(self.num_envs, 12, 16, 3).contiguous()
+        state = torch.stack([self.position, self.goal], 1)
+        return Observation(rgb={"camera": picture}, state=state, instruction=("reach",) * self.num_envs)
+
+    def render_video_frame(self):
+        return self._observation().rgb["camera"]
+
+    def close(self):
+        pass
+
+
+class GaussianPolicy(nn.Module):
+    """A tanh network's mean and a learned standard deviation, for chunks of ``horizon`` actions."""
+
+    action_dim = 1
+
+    def __init__(self, horizon=2, seed=0, std=0.5):
+        super().__init__()
+        self.horizon = horizon
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.actor = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, horizon))
+            self.critic = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+        self.log_std = nn.Parameter(torch.full((horizon,), math.log(std)))
+        self.batches = []
+
+    def act(self, observation, generator, *, explore):
+        self.batches.append(len(observation.state))
+        with torch.no_grad():
+            noise = torch.randn(len(observation.state), self.horizon, generator=generator)
+            mean = self.actor(observation.state)
+            actions = mean + (noise * self.log_std.exp() if explore else 0)
+            chain = {"state": observation.state, "actions": actions}
+            now = self.evaluate(chain)
+        return ActionSample(actions[..., None], now.log_prob, now.value, chain)
+
+    def evaluate(self, chain):
+        normal = torch.distributions.Normal(self.actor(chain["state"]), self.log_std.exp())
+        log_prob, entropy = normal.log_prob(chain["actions"]).sum(1), normal.entropy().sum(1)
+        return Evaluation(log_prob, entropy, self.critic(chain["state"]).squeeze(1))
+
+    def value(self, observation):
+        with torch.no_grad():
+            return self.critic(observation.state).squeeze(1)
+
+    def trainable_parameters(self):
+        return {"actor": [*self.actor.parameters(), self.log_std], "critic": list(self.critic.parameters())}
+
+    def state_dict_trainable(self):
+        return self.state_dict()
