@@ -1,7 +1,18 @@
-"""Content-addressed store of what stages produce: folders, written whole or not at all, checked when read."""
+"""Content-addressed store of what stages produce: folders, written whole or not at all, checked when read.
+
+Layout below the root (``$GSRL_HOME``)::
+
+    objects/<kind>/<sha256>/      finished folders, never changed again
+    stages/<stage>/<key>.json     which finished folder a stage made from which inputs (the cache)
+    work/<stage>-<key>/           a stage's resumable state, kept over crashes, removed when the stage is done
+    tmp/<kind>-<id>/ and .lock    folders being filled; the lock is held by the living owner
+    locks/                        advisory locks (flock), released by the kernel when their holder dies
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,11 +22,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gsrl_core.errors import ArtifactError
 
 JsonScalar = str | int | float | bool | None
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Artifact(BaseModel):
@@ -34,7 +47,7 @@ class Artifact(BaseModel):
 
 def gsrl_home() -> Path:
     """Root of everything the project keeps on this machine: ``$GSRL_HOME``, by default ``~/.gsrl``."""
-    return Path(os.environ.get("GSRL_HOME", "~/.gsrl")).expanduser()
+    return Path(os.environ.get("GSRL_HOME") or "~/.gsrl").expanduser().absolute()
 
 
 def digest_file(path: Path) -> str:
@@ -52,39 +65,59 @@ def digest_folder(folder: Path) -> str:
 
 
 class Store:
-    """Finished artefacts under ``root/objects/<kind>/<sha256>`` and unfinished work under ``root/work/<name>``."""
+    """Finished artefacts, the index of stages that made them, and unfinished work (layout: module docstring)."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or gsrl_home()
 
     @contextmanager
     def building(self, kind: str) -> Iterator[Path]:
-        """A fresh folder to fill; on success hand it to :meth:`commit`. Left behind by a crash, it is garbage."""
+        """A fresh folder to fill; on success hand it to :meth:`commit`. Left behind by a crash, it is garbage.
+
+        Raises:
+            ArtifactError: the disk is full (also when the code that fills the folder meets it).
+        """
         folder = self.root / "tmp" / f"{kind}-{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        owner = folder.with_suffix(".lock")
+        with full_disk_is_an_error(self.root):
+            with self.locked("tmp"):  # nobody collects between the creation of the lock and its flock
+                folder.mkdir(parents=True)
+                stream = owner.open("w")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                owner.unlink(missing_ok=True)
+                stream.close()
 
     def commit(self, kind: str, folder: Path, facts: Mapping[str, JsonScalar]) -> Artifact:
-        """Move a filled folder to its content address in one rename and return its Artifact."""
+        """Move a filled folder to its content address in one rename and return its Artifact.
+
+        Raises:
+            ArtifactError: the disk is full.
+        """
         sha256 = digest_folder(folder)
         target = self.root / "objects" / kind / sha256
-        if not target.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _sync(folder)
-            try:
-                folder.rename(target)
-            except OSError:
-                if not target.is_dir():  # another process committed the same content first
-                    raise
+        with full_disk_is_an_error(self.root):
+            if target.is_dir() and digest_folder(target) != sha256:  # damaged since: replace it, do not trust it
+                self.discard(target)
+            if not target.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sync(folder)
+                try:
+                    folder.rename(target)
+                except OSError:
+                    if not target.is_dir():  # another process committed the same content first
+                        raise
+                _sync_entry(target.parent)
         return Artifact(kind=kind, path=target, sha256=sha256, facts=dict(facts))
 
     def workspace(self, name: str) -> Path:
         """A folder that survives crashes, for a stage's resumable state; the stage deletes it when it is done."""
         folder = self.root / "work" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_is_an_error(self.root):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def check(self, artifact: Artifact) -> Path:
@@ -102,6 +135,97 @@ class Store:
                 f"{found[:12]}; delete the folder and run again"
             )
         return artifact.path
+
+    def discard(self, folder: Path) -> None:
+        """Remove a finished folder so that no reader sees it half-removed (rename out of the way first)."""
+        grave = self.root / "tmp" / f"discarded-{uuid.uuid4().hex}"
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def record(self, stage: str, key: str, artifact: Artifact) -> None:
+        """Remember that ``stage`` with inputs ``key`` made ``artifact``; the last of concurrent writers wins whole."""
+        entry = {"kind": artifact.kind, "sha256": artifact.sha256, "facts": artifact.facts}
+        with full_disk_is_an_error(self.root):
+            path = self._entry(stage, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, entry)
+
+    def recall(self, stage: str, key: str) -> Artifact | None:
+        """What ``stage`` made from ``key``, verified byte for byte; None when it has to be made (again).
+
+        An entry whose folder is gone or altered is not used: entry and folder are removed so that the stage is redone.
+        """
+        path = self._entry(stage, key)
+        try:
+            entry = json.loads(path.read_text())
+            target = self.root / "objects" / entry["kind"] / entry["sha256"]
+            artifact = Artifact(path=target, **entry)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            path.unlink(missing_ok=True)
+            return None
+        try:
+            self.check(artifact)
+        except ArtifactError:
+            path.unlink(missing_ok=True)
+            if artifact.path.is_dir():
+                self.discard(artifact.path)
+            return None
+        return artifact
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold the advisory lock ``name``; waits for a living holder. The kernel frees it when the holder dies."""
+        path = self.root / "locks" / f"{name}.lock"
+        with full_disk_is_an_error(self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("w")
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def collect_garbage(self) -> list[Path]:
+        """Remove folders in ``tmp`` whose owner died; returns what was removed. Living owners are left alone."""
+        removed = []
+        with self.locked("tmp"):
+            for folder in sorted((self.root / "tmp").glob("*")):
+                if folder.is_dir() and not _is_owned(folder.with_suffix(".lock")):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    removed.append(folder)
+            for lock in (self.root / "tmp").glob("*.lock"):
+                if not lock.with_suffix("").exists():
+                    lock.unlink(missing_ok=True)
+        return removed
+
+    def require_space(self, needed: int) -> None:
+        """Raise ArtifactError unless ``needed`` bytes [B] are free below the root (creates the root)."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot create the store {self.root} ({error.strerror}); set GSRL_HOME to a folder you can write to"
+            ) from error
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise ArtifactError(f"the store {self.root} is not writable; set GSRL_HOME to a folder you can write to")
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise ArtifactError(_full_disk_message(self.root, f"at least {needed / 2**20:.0f} MiB are needed"))
+
+    def _entry(self, stage: str, key: str) -> Path:
+        return self.root / "stages" / stage / f"{key}.json"
+
+
+@contextmanager
+def full_disk_is_an_error(root: Path) -> Iterator[None]:
+    """Turn "no space left" (also quota and file size limits) into an ArtifactError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ArtifactError(_full_disk_message(root, f"writing failed: {error.strerror}")) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -122,11 +246,33 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _full_disk_message(root: Path, what: str) -> str:
+    free = shutil.disk_usage(root).free if root.exists() else 0
+    return (
+        f"the disk of the store {root} is full ({what}; {free / 2**20:.0f} MiB free); nothing half-written was kept: "
+        "free some space, or set GSRL_HOME to a folder on a larger disk, and run again"
+    )
+
+
+def _is_owned(lock: Path) -> bool:
+    try:
+        with lock.open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in [p for p in folder.rglob("*") if p.is_file()] + [folder]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
