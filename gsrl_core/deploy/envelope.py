@@ -1,0 +1,215 @@
+"""The safety envelope between a policy's actions and the arm.
+
+Order: schema and finiteness, age, per-step clamp, workspace box, joint preview, jerk-limited resampling; monitors run
+beside it at the streaming rate. A broken chunk or a tripped monitor raises :class:`SafetyError`, which ends the
+episode with a controlled stop. Whatever only has to be reduced is reduced and named in ``Decision.events``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from gsrl_core.deploy.contract import Contract
+from gsrl_core.deploy.kinematics import jacobian, pose_error, solve_ik, tcp_pose
+from gsrl_core.deploy.limits import SAFE_Q_MAX, SAFE_Q_MIN, Array, SafetyLimits, velocity_bounds
+from gsrl_core.deploy.robot import RobotState
+from gsrl_core.deploy.smooth import Plan, Setpoint, plan_to
+from gsrl_core.errors import SafetyError
+
+_PREVIEW_PERIOD = 0.02
+_SCALES = (1.0, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the arm does in one control step."""
+
+    target: Array
+    """base_from_tcp [4, 4] after all reductions; the next action integrates on it."""
+    setpoints: tuple[Setpoint, ...]
+    """At ``stream_hz``, the first one period after now."""
+    width: float
+    """Opening of the hand [m]."""
+    events: tuple[str, ...]
+    """Which rules reduced the action: translation_clamped, rotation_clamped, workspace, joints."""
+
+
+def check_chunk(actions: object, contract: Contract) -> Array:
+    """The chunk as float64 [horizon, 7].
+
+    Raises:
+        SafetyError: not an array of numbers, wrong shape, or a value that is not finite.
+    """
+    try:
+        chunk = np.asarray(actions, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SafetyError(f"the policy sent {type(actions).__name__}, not an array of numbers ({error})") from error
+    expected = (contract.horizon, contract.action.dim)
+    if chunk.shape != expected:
+        raise SafetyError(f"the policy sent a chunk of shape {chunk.shape}, the contract says {expected}; check both")
+    if not np.isfinite(chunk).all():
+        row, column = np.argwhere(~np.isfinite(chunk))[0]
+        raise SafetyError(f"the policy sent {chunk[row, column]} in step {row}, column {column}; nothing was executed")
+    return chunk
+
+
+def clamp_step(action: Array, limits: SafetyLimits) -> tuple[Array, Rotation, tuple[str, ...]]:
+    """Translation [3] (m) and turn of one action, each shortened to its largest step, and the names of what acted."""
+    events = []
+    translation = np.array(action[:3], dtype=float)
+    length = float(np.linalg.norm(translation))
+    if length > limits.max_step_translation:
+        translation *= limits.max_step_translation / length
+        events.append("translation_clamped")
+    vector = Rotation.from_euler("XYZ", action[3:6]).as_rotvec()
+    angle = float(np.linalg.norm(vector))
+    if angle > limits.max_step_rotation:
+        vector = vector * (limits.max_step_rotation / angle)
+        events.append("rotation_clamped")
+    return translation, Rotation.from_rotvec(vector), tuple(events)
+
+
+def integrate(target: Array, translation: Array, turn: Rotation) -> Array:
+    """The next target [4, 4]: p + dp, dR R, both in base axes (root_translation:root_aligned_body_rotation)."""
+    moved = np.eye(4)
+    moved[:3, 3] = target[:3, 3] + translation
+    moved[:3, :3] = (turn * Rotation.from_matrix(target[:3, :3])).as_matrix()
+    return moved
+
+
+def clip_workspace(position: Array, limits: SafetyLimits) -> Array:
+    """The nearest point [3] of the workspace box (m)."""
+    return np.clip(position, limits.workspace_min, limits.workspace_max)
+
+
+class Envelope:
+    """Keeps the last target and the motion that is being streamed; one instance per episode."""
+
+    def __init__(self, limits: SafetyLimits, contract: Contract, q_range: tuple[Array, Array] | None = None) -> None:
+        """``q_range``: joint range ([7], [7]) that the robot allows, already intersected with the tables."""
+        self.limits = limits
+        self.contract = contract
+        low, high = q_range or (SAFE_Q_MIN, SAFE_Q_MAX)
+        self._q_min, self._q_max = low + limits.joint_margin, high - limits.joint_margin
+        self._flange_from_tcp = contract.flange_from_tcp_array
+        self._samples_per_step = round(limits.stream_hz / contract.control_hz)
+        if abs(self._samples_per_step * contract.control_hz - limits.stream_hz) > 1e-6:
+            raise SafetyError(
+                f"stream_hz ({limits.stream_hz}) must be a multiple of the control rate ({contract.control_hz} Hz)"
+            )
+        self.target = np.eye(4)
+        self.setpoint = Setpoint.at_rest(self.target)
+        self.width = 0.0
+        self._over: dict[str, int] = {}
+
+    def start(self, state: RobotState) -> None:
+        """Begin at the measured pose.
+
+        Raises:
+            SafetyError: a non-finite state, the TCP outside the workspace, or a joint outside its range.
+        """
+        if not all(np.isfinite(x).all() for x in (state.q, state.dq, state.base_from_tcp, state.wrench)):
+            raise SafetyError("the robot state contains values that are not finite; check the connection")
+        position = state.base_from_tcp[:3, 3]
+        if not np.array_equal(clip_workspace(position, self.limits), position):
+            raise SafetyError(
+                f"the TCP is at {np.round(position, 3).tolist()} m, outside the workspace {self.limits.workspace_min} "
+                f".. {self.limits.workspace_max}; move the arm inside by hand"
+            )
+        self._check_joints(state.q)
+        if np.linalg.norm(pose_error(tcp_pose(state.q, self._flange_from_tcp), state.base_from_tcp)) > 5e-3:
+            raise SafetyError(
+                "the TCP pose that the robot reports does not follow from its joints with the package's TCP; "
+                "set the end effector in Desk to the Franka Hand"
+            )
+        self.target = state.base_from_tcp.copy()
+        self.setpoint = Setpoint.at_rest(self.target)
+        self.width = state.width
+        self._over.clear()
+
+    def is_stale(self, observed_at: float, now: float) -> bool:
+        """Whether a chunk computed from a picture taken at ``observed_at`` (s) is too old to be started at ``now``."""
+        return not 0.0 <= now - observed_at <= self.limits.max_chunk_age
+
+    def step(self, action: Array, state: RobotState) -> Decision:
+        """Turn one row of a checked chunk into setpoints for one control period."""
+        translation, turn, events = clamp_step(action, self.limits)
+        wanted = integrate(self.target, translation, turn)
+        inside = clip_workspace(wanted[:3, 3], self.limits)
+        if not np.array_equal(inside, wanted[:3, 3]):
+            events = (*events, "workspace")
+        translation = inside - self.target[:3, 3]
+        q_now = solve_ik(self.setpoint.pose, state.q, self._flange_from_tcp).q
+        for scale in _SCALES:
+            target = integrate(self.target, translation * scale, Rotation.from_rotvec(turn.as_rotvec() * scale))
+            target[:3, 3] = clip_workspace(target[:3, 3], self.limits)
+            plan = plan_to(self.setpoint, target, self.limits)
+            if self._joints_allow(plan, q_now):
+                break
+        if scale < 1.0:
+            events = (*events, "joints")
+        self.width = self.contract.action.width(float(action[6]))
+        return self._decide(plan, target, events)
+
+    def hold(self) -> Decision:
+        """Keep to the last target for one control period (the arm comes to rest there)."""
+        return self._decide(plan_to(self.setpoint, self.target, self.limits), self.target, ())
+
+    def monitor(self, state: RobotState, streamed: Setpoint | None, now: float) -> None:
+        """Check a measured state against the thresholds; call once per streamed setpoint (none: nothing was streamed).
+
+        Raises:
+            SafetyError: a threshold was passed in as many consecutive samples as the limits say, or the state is old.
+        """
+        limits = self.limits
+        age = now - state.stamp
+        if age > limits.max_state_age:
+            raise SafetyError(f"the robot state is {age:.3f} s old (limit {limits.max_state_age} s): connection lost")
+        self._trip("external force [N]", float(np.linalg.norm(state.wrench[:3])), limits.max_force)
+        if streamed is not None:
+            error = pose_error(streamed.pose, state.base_from_tcp)
+            self._trip("tracking error [m]", float(np.linalg.norm(error[:3])), limits.max_tracking_error)
+            self._trip("tracking error [rad]", float(np.linalg.norm(error[3:])), limits.max_tracking_turn)
+            if state.success_rate is not None:
+                self._trip("lost control packets [share]", 1.0 - state.success_rate, 1.0 - limits.min_success_rate)
+
+    def _trip(self, name: str, value: float, threshold: float) -> None:
+        # A value that is not finite counts as over: `not (nan <= x)` is true.
+        self._over[name] = self._over.get(name, 0) + 1 if not value <= threshold else 0
+        if self._over[name] >= self.limits.force_samples:
+            raise SafetyError(
+                f"{name} was {value:.3f}, above {threshold:g}, in {self._over[name]} consecutive samples; the arm stops"
+            )
+
+    def _joints_allow(self, plan: Plan, q: Array) -> bool:
+        # The whole motion down to rest is previewed, so that its tail stays legal if no other action follows.
+        q = q.copy()
+        for seconds in np.arange(_PREVIEW_PERIOD, plan.duration + _PREVIEW_PERIOD, _PREVIEW_PERIOD):
+            setpoint = plan.at(float(seconds))
+            J = jacobian(q, self._flange_from_tcp)
+            pseudo_inverse = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))
+            q += pseudo_inverse @ pose_error(setpoint.pose, tcp_pose(q, self._flange_from_tcp))
+            rate = pseudo_inverse @ np.concatenate([setpoint.linear, setpoint.angular])
+            low, high = velocity_bounds(q)
+            if (q < self._q_min).any() or (q > self._q_max).any() or (rate < low).any() or (rate > high).any():
+                return False
+        residual = pose_error(plan.at(plan.duration).pose, tcp_pose(q, self._flange_from_tcp))
+        return bool(np.linalg.norm(residual) < 2e-3)
+
+    def _check_joints(self, q: Array) -> None:
+        outside = np.flatnonzero((q < self._q_min) | (q > self._q_max))
+        if outside.size:
+            j = int(outside[0])
+            raise SafetyError(
+                f"joint {j + 1} is at {q[j]:.3f} rad, outside {self._q_min[j]:.3f} .. {self._q_max[j]:.3f}; "
+                "guide the arm to the start pose by hand"
+            )
+
+    def _decide(self, plan: Plan, target: Array, events: tuple[str, ...]) -> Decision:
+        period = 1.0 / self.limits.stream_hz
+        setpoints = tuple(plan.at((i + 1) * period) for i in range(self._samples_per_step))
+        self.target, self.setpoint = target, setpoints[-1]
+        return Decision(target, setpoints, self.width, events)
