@@ -15,7 +15,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def log_ratio(log_prob: Float[Tensor, " N"], old_log_prob: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """log π_new(a|s) - log π_old(a|s), limited to ±20."""
+    """Log π_new(a|s) - log π_old(a|s), limited to ±20."""
     return (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -64,7 +64,7 @@ def value_loss(
     value_clip: float,
     huber_delta: float,
 ) -> Float[Tensor, " N"]:
-    """max of the huber losses of V and of V limited to V_old ± ``value_clip`` (PPO2's clipped value objective)."""
+    """The worse of the huber losses of V and of V limited to V_old ± ``value_clip`` (PPO2's clipped value objective)."""
     limited = old_value + (value - old_value).clamp(-value_clip, value_clip)
     return torch.maximum(huber(value - returns, huber_delta), huber(limited - returns, huber_delta))
 
@@ -77,7 +77,7 @@ def value_clipped(
 
 
 def kl_k1(log_ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """-log ρ: unbiased estimate of KL(old || new) from samples of old; any sign (Schulman, joschu.net/blog/kl-approx)."""
+    """-log ρ: unbiased estimate of KL(old || new) from samples of old, of any sign (joschu.net/blog/kl-approx.html)."""
     return -log_ratio
 
 

@@ -224,9 +224,7 @@ class _Stage:
     def finish(self) -> tuple[Rollout, EpisodeStats]:
         self._bootstrap(self._cut | ~self.done)
         grids = {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
-        rollout = Rollout(
-            **grids, chain=tuple(self.chains), position=grids["valid"].reshape(-1).nonzero().squeeze(1)
-        )
+        rollout = Rollout(**grids, chain=tuple(self.chains), position=grids["valid"].reshape(-1).nonzero().squeeze(1))
         stats = EpisodeStats(
             seeds=self.seeds,
             success=self.success,

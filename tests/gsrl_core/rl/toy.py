@@ -46,9 +46,8 @@ class ReachEnv:
         if self.fail_at == self.calls:
             reward[0] = float("nan")
         truncated = (self.steps >= self.max_episode_steps) & ~self.success
-        return Step(
-            self._observation(), reward, self.success.clone(), truncated, self.success.clone(), self.loose.clone(), executed
-        )  # fmt: skip
+        done = self.success.clone()
+        return Step(self._observation(), reward, done, truncated, done, self.loose.clone(), executed)
 
     def _observation(self):
         level = ((self.position - self.goal).clamp(-1, 1) * 127 + 127).to(torch.uint8)

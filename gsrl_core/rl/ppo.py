@@ -1,0 +1,282 @@
+"""Proximal policy optimisation of a chunk policy, data-parallel over any number of processes.
+
+Every process holds its own rollout, and all draw the same permutation of the union of samples: a minibatch is the same
+set of samples, and the update the same up to rounding, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gsrl_core.errors import TrainingError
+from gsrl_core.interfaces import Policy
+from gsrl_core.rl import losses
+from gsrl_core.rl.returns import explained_variance, generalized_advantages
+from gsrl_core.rl.rollout import Rollout
+
+
+class TrainablePolicy(Policy, Protocol):
+    """A policy whose weights PPO may change."""
+
+    def trainable_parameters(self) -> Mapping[str, list[nn.Parameter]]:
+        """``{"actor": [...], "critic": [...]}``, disjoint, always in the same order."""
+        ...
+
+
+class Collective(Protocol):
+    """What processes that train together do together."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        ...
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The equally shaped tensors of all processes, stacked by rank: [world_size, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PpoSettings:
+    """Constants of the update; meanings and ranges are those of the ``ppo`` section of the configuration."""
+
+    update_epochs: int
+    global_batch: int
+    micro_batch: int
+    learning_rate: float
+    value_learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    gamma: float
+    gae_lambda: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    value_clip: float
+    huber_delta: float
+    value_coef: float
+    entropy_coef: float
+    kl_coef: float
+    target_kl: float | None
+    critic_warmup_iterations: int
+    normalize_advantages: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The N samples of this process, aligned with the rows of the rollout's chain."""
+
+    log_prob: Tensor
+    value: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+# Sums over samples that every minibatch collects, in this order.
+_SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
+
+
+class Learner:
+    """Updates a policy from rollouts; owns the optimizer and the shuffling."""
+
+    def __init__(self, policy: TrainablePolicy, settings: PpoSettings, collective: Collective) -> None:
+        self.policy, self.settings, self.collective = policy, settings, collective
+        self.groups = {name: list(parameters) for name, parameters in policy.trainable_parameters().items()}
+        if set(self.groups) != {"actor", "critic"} or not all(self.groups.values()):
+            raise TrainingError(f"trainable parameters must be of 'actor' and 'critic'; given {sorted(self.groups)}")
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": self.groups["actor"], "lr": settings.learning_rate},
+                {"params": self.groups["critic"], "lr": settings.value_learning_rate},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.iteration = 0
+        """Updates done so far."""
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """One iteration: ``update_epochs`` passes over the rollouts of all processes. Returns metrics by name.
+
+        Raises:
+            TrainingError: no samples, or a number that is not finite (the weights are those before the bad step).
+        """
+        batch, metrics = self._prepare(rollout)
+        counts = self.collective.gather(torch.tensor([rollout.num_samples])).reshape(-1)
+        first, total = int(counts[: self.collective.rank].sum()), int(counts.sum())
+        warming_up = self.iteration < self.settings.critic_warmup_iterations
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        norms, seen, stopped = [], 0, False
+        for minibatch in self._minibatches(total):
+            mine = minibatch[(minibatch >= first) & (minibatch < first + rollout.num_samples)] - first
+            minibatch_sums = self._accumulate_gradients(rollout, batch, mine, len(minibatch), warming_up)
+            sums += minibatch_sums
+            seen += len(minibatch)
+            mean_kl = float(minibatch_sums[_SUMS.index("kl_k3")]) / len(minibatch)
+            if self.settings.target_kl is not None and mean_kl > 1.5 * self.settings.target_kl:
+                stopped = True
+                break
+            norms.append(self._step())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        metrics |= {f"actor/{name}": value for name, value in zip(_SUMS, (sums / seen).tolist(), strict=True)}
+        metrics["actor/grad_norm"] = sum(norms) / max(1, len(norms))
+        metrics["actor/optimizer_steps"] = float(len(norms))
+        metrics["actor/stopped_by_kl"] = float(stopped)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs to go on with the same numbers. Shares memory with the running learner."""
+        return {
+            "iteration": self.iteration,
+            "parameters": {name: [p.detach() for p in group] for name, group in self.groups.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned. Raises TrainingError if it belongs to another policy."""
+        stored = {name: [tuple(t.shape) for t in group] for name, group in state["parameters"].items()}
+        own = {name: [tuple(p.shape) for p in group] for name, group in self.groups.items()}
+        if stored != own:
+            raise TrainingError(
+                "the training state was saved for a policy with other trainable parameters; use the checkpoint that "
+                "this run started from, or delete the workspace"
+            )
+        with torch.no_grad():
+            for name, group in self.groups.items():
+                for parameter, value in zip(group, state["parameters"][name], strict=True):
+                    parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.iteration = state["iteration"]
+
+    def _prepare(self, rollout: Rollout) -> tuple[_Batch, dict[str, float]]:
+        advantages, returns = generalized_advantages(
+            rollout.reward, rollout.value, rollout.next_value, rollout.terminated, rollout.truncated, rollout.valid,
+            gamma=self.settings.gamma, gae_lambda=self.settings.gae_lambda,
+        )  # fmt: skip
+        raw = rollout.samples(advantages).double()
+        batch_returns, value = rollout.samples(returns), rollout.samples(rollout.value)
+        totals = self.collective.sum(torch.stack([torch.ones_like(raw), raw, batch_returns.double()]).sum(1))
+        count, mean_advantage, mean_return = float(totals[0]), *(totals[1:] / totals[0].clamp(min=1)).tolist()
+        if not count:
+            raise TrainingError("the rollout holds no valid sample; nothing can be learned from it")
+        squares = self.collective.sum(((raw - mean_advantage) ** 2).sum()[None])
+        std = math.sqrt(float(squares) / count)
+        scaled = (raw - mean_advantage) / (std + 1e-5) if self.settings.normalize_advantages else raw
+        metrics = {
+            "rollout/advantages_mean": mean_advantage,
+            "rollout/advantages_std": std,
+            "rollout/returns_mean": mean_return,
+            "rollout/samples": count,
+            "critic/explained_variance": self._explained_variance(value, batch_returns, count),
+        }
+        return _Batch(rollout.samples(rollout.log_prob), value, scaled.float(), batch_returns), metrics
+
+    def _explained_variance(self, value: Tensor, returns: Tensor, count: float) -> float:
+        if self.collective.world_size == 1:
+            return explained_variance(value, returns)
+        # 1 - Var(R - V) / Var(R) from the moments of all processes' samples together.
+        both = torch.stack([returns.double(), returns.double() - value.double()])
+        mean = self.collective.sum(both.sum(1)) / count
+        variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
+        return float(1 - variance[1] / variance[0]) if variance[0] > 0 else 0.0
+
+    def _minibatches(self, total: int) -> Iterator[Tensor]:
+        # Even pieces of at most global_batch: a small remainder would weigh its samples more than the others'.
+        pieces = math.ceil(total / self.settings.global_batch)
+        for _ in range(self.settings.update_epochs):
+            yield from torch.randperm(total, generator=self.generator).tensor_split(pieces)
+
+    def _accumulate_gradients(
+        self, rollout: Rollout, batch: _Batch, mine: Tensor, minibatch_size: int, warming_up: bool
+    ) -> Tensor:
+        """Gradients of the minibatch's mean loss, of this process's samples; sums of ``_SUMS`` over all processes'."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        culprits: set[str] = set()
+        for index in mine.split(self.settings.micro_batch):
+            loss, named, terms = self._loss(rollout, batch, index, warming_up)
+            (loss / minibatch_size).backward()
+            sums += torch.stack([term.detach().double().sum().cpu() for term in terms])
+            culprits |= {name for name, tensor in named.items() if not tensor.detach().isfinite().all()}
+        sums = self.collective.sum(sums)
+        if not sums.isfinite().all():
+            where = f"in {', '.join(sorted(culprits))}" if culprits else "in another process"
+            raise TrainingError(
+                f"iteration {self.iteration}: non-finite numbers {where}; resume from the last checkpoint with a "
+                "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
+            )
+        return sums
+
+    def _loss(
+        self, rollout: Rollout, batch: _Batch, index: Tensor, warming_up: bool
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
+        now = self.policy.evaluate(rollout.chain_rows(index))
+        device, s = now.log_prob.device, self.settings
+        advantages, old_value = batch.advantages[index].to(device), batch.value[index].to(device)
+        returns, old_log_prob = batch.returns[index].to(device), batch.log_prob[index].to(device)
+        ratio = losses.log_ratio(now.log_prob, old_log_prob)
+        clip = {"clip_low": s.clip_low, "clip_high": s.clip_high}
+        surrogate = losses.policy_loss(ratio, advantages, **clip, dual_clip=s.dual_clip)
+        critic = losses.value_loss(now.value, old_value, returns, value_clip=s.value_clip, huber_delta=s.huber_delta)
+        penalty = losses.kl_k3(ratio)
+        actor = surrogate - s.entropy_coef * now.entropy + s.kl_coef * penalty
+        total = s.value_coef * critic if warming_up else s.value_coef * critic + actor
+        terms = (
+            surrogate, critic, now.entropy, losses.kl_k1(ratio), penalty,
+            losses.policy_clipped(ratio, advantages, **clip),
+            losses.value_clipped(now.value, old_value, value_clip=s.value_clip),
+            total,
+        )  # fmt: skip
+        named = {
+            "log_prob": now.log_prob, "entropy": now.entropy, "value": now.value, "advantages": advantages,
+            "returns": returns, "old_log_prob": old_log_prob, "old_value": old_value, "loss": total,
+        }  # fmt: skip
+        return total.sum(), named, terms
+
+    def _step(self) -> float:
+        """Average gradients over processes, clip and apply; returns the norm before clipping."""
+        parameters = self._trained()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.collective.world_size > 1:
+            _sum_gradients(parameters, self.collective)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if not norm.isfinite():
+            bad = [
+                f"{name}[{number}] {tuple(parameter.shape)}"
+                for name, group in self.groups.items()
+                for number, parameter in enumerate(group)
+                if parameter.grad is not None and not parameter.grad.isfinite().all()
+            ]
+            raise TrainingError(f"iteration {self.iteration}: non-finite gradients of {', '.join(bad)}")
+        self.optimizer.step()
+        return float(norm)
+
+    def _trained(self) -> list[nn.Parameter]:
+        # AdamW leaves parameters without a gradient alone, weight decay included: that is the critic's warm-up.
+        if self.iteration < self.settings.critic_warmup_iterations:
+            for parameter in self.groups["actor"]:
+                parameter.grad = None
+            return self.groups["critic"]
+        return [*self.groups["actor"], *self.groups["critic"]]
+
+
+def _sum_gradients(parameters: list[nn.Parameter], collective: Collective) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = collective.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for gradient, piece in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))

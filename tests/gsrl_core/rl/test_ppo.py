@@ -1,0 +1,222 @@
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import GaussianPolicy, ReachEnv
+
+from gsrl_core.errors import TrainingError
+from gsrl_core.rl import losses
+from gsrl_core.rl.ppo import Learner, PpoSettings
+from gsrl_core.rl.returns import generalized_advantages
+from gsrl_core.rl.rollout import collect, concatenate
+
+SETTINGS = PpoSettings(
+    update_epochs=4, global_batch=128, micro_batch=64, learning_rate=3e-3, value_learning_rate=1e-2, weight_decay=0.0,
+    max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
+    huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
+    normalize_advantages=True, seed=0,
+)  # fmt: skip
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def sum(self, tensor):
+        return tensor
+
+    def gather(self, tensor):
+        return tensor[None]
+
+
+class Threads:
+    """A collective between threads of this process (an independent twin of the torch.distributed one)."""
+
+    def __init__(self, world_size):
+        self.world_size, self.slots = world_size, [None] * world_size
+        self.barrier = threading.Barrier(world_size, timeout=30)
+
+    def member(self, rank):
+        outer = self
+
+        class Member:
+            world_size = outer.world_size
+
+            def gather(self, tensor):
+                outer.barrier.wait()
+                outer.slots[rank] = tensor.clone()
+                outer.barrier.wait()
+                return torch.stack(outer.slots)
+
+            def sum(self, tensor):
+                return tensor.copy_(self.gather(tensor).sum(0))
+
+        Member.rank = rank
+        return Member()
+
+
+def rollout_of(policy, seeds, noise=0):
+    generator = torch.Generator().manual_seed(noise)
+    return collect([ReachEnv(len(seeds))], policy, seeds, generator, max_chunks=4)[0]
+
+
+def weights(policy):
+    return torch.cat([p.detach().reshape(-1) for p in policy.parameters()])
+
+
+def test_ppo_learns_to_reach():
+    policy = GaussianPolicy(std=0.5)
+    learner = Learner(policy, SETTINGS, Alone())
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for iteration in range(25):
+        seeds = range(1000 + 64 * iteration, 1064 + 64 * iteration)
+        rollout, stats = collect([ReachEnv(64)], policy, seeds, generator, max_chunks=4)
+        rates.append(stats.success.float().mean().item())
+        metrics = learner.update(rollout)
+    _, unseen = collect([ReachEnv(256)], policy, range(256), generator, max_chunks=4, explore=False)
+    assert rates[0] < 0.5
+    assert unseen.success.float().mean() > 0.9
+    assert metrics["critic/explained_variance"] > 0.3
+
+
+def test_one_full_batch_step_is_the_gradient_of_the_written_objective():
+    policy, twin = GaussianPolicy(), GaussianPolicy()
+    rollout = rollout_of(policy, range(16))
+    settings = replace(SETTINGS, update_epochs=1, global_batch=10_000, micro_batch=7, entropy_coef=0.01, kl_coef=0.1)
+    norm = Learner(policy, settings, Alone()).update(rollout)["actor/grad_norm"]
+
+    now = twin.evaluate(rollout.chain_rows(torch.arange(rollout.num_samples)))
+    advantages, returns = generalized_advantages(
+        rollout.reward, rollout.value, rollout.next_value, rollout.terminated, rollout.truncated, rollout.valid,
+        gamma=0.95, gae_lambda=0.95,
+    )  # fmt: skip
+    a = rollout.samples(advantages)
+    a = (a - a.mean()) / (a.std(correction=0) + 1e-5)
+    # At the old weights ρ = 1: the surrogate's gradient is that of -A log π, the KL penalty's is zero, V is unclipped.
+    value_error = now.value - rollout.samples(returns)
+    objective = (-a * now.log_prob - 0.01 * now.entropy + 0.5 * value_error**2).mean()
+    gradient = torch.autograd.grad(objective, list(twin.parameters()))
+    expected = torch.cat([g.reshape(-1) for g in gradient]).norm()
+    assert norm == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_microbatches_change_nothing_but_memory():
+    results = []
+    for micro in (5, 1000):
+        policy = GaussianPolicy()
+        Learner(policy, replace(SETTINGS, micro_batch=micro), Alone()).update(rollout_of(policy, range(40)))
+        results.append(weights(policy))
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_two_processes_make_the_update_of_one_on_the_union():
+    start = GaussianPolicy()
+    # Unequal shards, so that the weighting matters.
+    shards = [rollout_of(start, range(10), noise=1), rollout_of(start, range(10, 40), noise=2)]
+    single = GaussianPolicy()
+    expected = Learner(single, SETTINGS, Alone()).update(concatenate(shards))
+    group, policies, metrics = Threads(2), [GaussianPolicy(), GaussianPolicy()], [None, None]
+
+    def work(rank):
+        metrics[rank] = Learner(policies[rank], SETTINGS, group.member(rank)).update(shards[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert torch.equal(weights(policies[0]), weights(policies[1]))
+    assert torch.allclose(weights(policies[0]), weights(single), atol=1e-5)
+    assert metrics[0] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_critic_warmup_moves_the_critic_alone():
+    policy = GaussianPolicy()
+    settings = replace(SETTINGS, critic_warmup_iterations=1, weight_decay=0.1)
+    learner, before = Learner(policy, settings, Alone()), policy.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    learner.update(rollout_of(policy, range(16)))
+    moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith("critic") for name in moved)
+    learner.update(rollout_of(policy, range(16)))
+    assert not torch.equal(policy.state_dict()["log_std"], before["log_std"])
+
+
+def test_target_kl_stops_before_the_step_that_would_go_further():
+    policy = GaussianPolicy()
+    rollout = rollout_of(policy, range(64))
+    free = Learner(GaussianPolicy(), replace(SETTINGS, learning_rate=0.1), Alone()).update(rollout)
+    held = Learner(policy, replace(SETTINGS, learning_rate=0.1, target_kl=0.01), Alone()).update(rollout)
+    assert free["actor/stopped_by_kl"] == 0 and held["actor/stopped_by_kl"] == 1
+    assert held["actor/optimizer_steps"] < free["actor/optimizer_steps"]
+
+
+def test_the_kl_penalty_keeps_the_policy_closer():
+    drift = []
+    for coefficient in (0.0, 10.0):
+        policy = GaussianPolicy()
+        rollout = rollout_of(policy, range(64))
+        Learner(policy, replace(SETTINGS, kl_coef=coefficient, update_epochs=10), Alone()).update(rollout)
+        now = policy.evaluate(rollout.chain_rows(torch.arange(rollout.num_samples)))
+        drift.append(losses.kl_k3(now.log_prob - rollout.samples(rollout.log_prob)).mean().item())
+    assert drift[1] < 0.5 * drift[0]
+
+
+def test_the_entropy_bonus_widens_the_policy():
+    width = []
+    for coefficient in (0.0, 1.0):
+        policy = GaussianPolicy()
+        Learner(policy, replace(SETTINGS, entropy_coef=coefficient), Alone()).update(rollout_of(policy, range(32)))
+        width.append(policy.log_std.mean().item())
+    assert width[1] > width[0]
+
+
+def test_every_named_metric_of_the_seed_is_there_and_means_what_it_says():
+    policy = GaussianPolicy()
+    rollout = rollout_of(policy, range(32))
+    metrics = Learner(policy, replace(SETTINGS, update_epochs=1, global_batch=10_000), Alone()).update(rollout)
+    for name in ("loss", "value_loss", "grad_norm", "approx_kl", "pg_clipfrac", "value_clip_ratio", "entropy"):
+        assert f"actor/{name}" in metrics
+    # One step on the samples' own weights: no drift, no clipping, and normalised advantages average to zero.
+    assert metrics["actor/approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["actor/pg_clipfrac"] == metrics["actor/value_clip_ratio"] == 0
+    assert metrics["actor/loss"] == pytest.approx(0, abs=1e-6)
+    assert metrics["rollout/samples"] == rollout.valid.sum()
+    # γ = 0.95 per chunk and λ-returns: E[R] is E[A] + E[V]
+    mean_value = rollout.samples(rollout.value).mean().item()
+    assert metrics["rollout/returns_mean"] == pytest.approx(metrics["rollout/advantages_mean"] + mean_value, abs=1e-6)
+
+
+def test_non_finite_numbers_name_the_tensor_and_leave_the_weights_alone():
+    policy = GaussianPolicy()
+    rollout = rollout_of(policy, range(16))
+    with torch.no_grad():
+        policy.critic[2].bias.fill_(float("nan"))
+    before = weights(policy).nan_to_num()
+    with pytest.raises(TrainingError, match=r"iteration 0: non-finite numbers in loss, value;"):
+        Learner(policy, SETTINGS, Alone()).update(rollout)
+    assert torch.equal(weights(policy).nan_to_num(), before)
+
+
+def test_resuming_from_the_state_gives_the_uninterrupted_numbers(tmp_path):
+    def run(policy, learner, first, last):
+        for iteration in range(first, last):
+            learner.update(rollout_of(policy, range(iteration * 16, iteration * 16 + 16), noise=iteration))
+
+    whole = GaussianPolicy()
+    run(whole, Learner(whole, SETTINGS, Alone()), 0, 4)
+    half = GaussianPolicy()
+    learner = Learner(half, SETTINGS, Alone())
+    run(half, learner, 0, 2)
+    torch.save(learner.state_dict(), tmp_path / "state.pt")
+    resumed = GaussianPolicy(seed=9)
+    learner = Learner(resumed, SETTINGS, Alone())
+    learner.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert learner.iteration == 2
+    run(resumed, learner, 2, 4)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_state_of_another_policy_is_refused():
+    state = Learner(GaussianPolicy(horizon=3), SETTINGS, Alone()).state_dict()
+    with pytest.raises(TrainingError, match="other trainable parameters"):
+        Learner(GaussianPolicy(), SETTINGS, Alone()).load_state_dict(state)
