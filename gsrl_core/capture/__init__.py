@@ -1,0 +1,1 @@
+"""Photos and video to posed pinhole images, sparse points and metric scale."""
