@@ -154,9 +154,10 @@ class Envelope:
         self.width = self.contract.action.width(float(action[6]))
         return self._decide(plan, target, events)
 
-    def hold(self) -> Decision:
-        """Keep to the last target for one control period (the arm comes to rest there)."""
-        return self._decide(plan_to(self.setpoint, self.target, self.limits), self.target, ())
+    def hold(self) -> Setpoint:
+        """The next setpoint (one streaming period) towards rest at the last target."""
+        self.setpoint = plan_to(self.setpoint, self.target, self.limits).at(1.0 / self.limits.stream_hz)
+        return self.setpoint
 
     def monitor(self, state: RobotState, streamed: Setpoint | None, now: float) -> None:
         """Check a measured state against the thresholds; call once per streamed setpoint (none: nothing was streamed).

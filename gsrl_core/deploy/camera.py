@@ -1,0 +1,167 @@
+"""Cameras of the control loop: a video device of the robot PC, and the scene rendered at the arm's joint state."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gsrl_core.deploy.contract import CameraContract
+from gsrl_core.deploy.kinematics import link_poses
+from gsrl_core.deploy.limits import Array
+from gsrl_core.deploy.robot import RobotState
+from gsrl_core.errors import SafetyError
+from gsrl_core.geometry.camera import Camera
+from gsrl_core.interfaces import Rasterizer
+from gsrl_core.splat.scene import Scene
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One frame."""
+
+    rgb: NDArray[np.uint8]
+    """[h, w, 3], RGB."""
+    stamp: float
+    """``time.monotonic()`` when it was taken."""
+
+
+@dataclass(frozen=True)
+class CameraCalibration:
+    """What was measured of a camera on the robot PC."""
+
+    width: int
+    height: int
+    K: Array
+    """[3, 3] px."""
+    base_from_camera: Array
+    """[4, 4], OpenCV camera axes in the robot base frame."""
+
+    @staticmethod
+    def of(contract: CameraContract) -> CameraCalibration:
+        """The calibration that the package was trained with."""
+        return CameraCalibration(
+            contract.width, contract.height, np.array(contract.K), np.array(contract.base_from_camera)
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a calibration file (JSON: width, height, K, base_from_camera)."""
+        values = {
+            "width": self.width,
+            "height": self.height,
+            "K": self.K.tolist(),
+            "base_from_camera": self.base_from_camera.tolist(),
+        }
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> CameraCalibration:
+        """Read a calibration file. Raises SafetyError when it is missing or incomplete."""
+        try:
+            values = json.loads(path.read_text())
+            K = np.array(values["K"], float).reshape(3, 3)
+            base_from_camera = np.array(values["base_from_camera"], float).reshape(4, 4)
+            return CameraCalibration(int(values["width"]), int(values["height"]), K, base_from_camera)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SafetyError(
+                f"{path} is not a camera calibration ({error}); it needs width, height, K and base_from_camera"
+            ) from error
+
+
+class RobotCamera(Protocol):
+    """A calibrated camera."""
+
+    calibration: CameraCalibration
+
+    def read(self) -> Picture:
+        """The newest picture. Raises SafetyError when there is none."""
+        ...
+
+
+class VideoCamera:
+    """A V4L2 / UVC device through OpenCV."""
+
+    def __init__(self, device: int | str, calibration: CameraCalibration) -> None:
+        """Open the device at the calibrated size. Raises SafetyError when it delivers something else."""
+        import cv2
+
+        self._cv2 = cv2
+        self.calibration = calibration
+        self._capture: Any = cv2.VideoCapture(device)
+        self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, calibration.width)
+        self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, calibration.height)
+        # Older frames in the driver's queue would be the past.
+        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        self._device = device
+        self.read()
+
+    def read(self) -> Picture:
+        """The newest picture, converted from OpenCV's BGR."""
+        delivered, bgr = self._capture.read()
+        stamp = time.monotonic()
+        size = (self.calibration.height, self.calibration.width, 3)
+        if not delivered or bgr.shape != size:
+            got = bgr.shape if delivered else "no picture"
+            raise SafetyError(f"camera {self._device}: got {got}, the calibration is for {size}; check device and mode")
+        return Picture(self._cv2.cvtColor(bgr, self._cv2.COLOR_BGR2RGB), stamp)
+
+    def close(self) -> None:
+        """Release the device."""
+        self._capture.release()
+
+
+class SimulatedCamera:
+    """The scene's splats with the arm where ``read_state`` says it is."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        rasterizer: Rasterizer,
+        contract: CameraContract,
+        read_state: Callable[[], RobotState],
+        objects: Mapping[str, Array] | None = None,
+    ) -> None:
+        """``objects``: base_from_body [4, 4] of bodies that are not links; others stay where they were captured."""
+        self.calibration = CameraCalibration.of(contract)
+        self._scene = scene
+        self._rasterizer = rasterizer
+        self._name = contract.name
+        self._camera = camera_of(contract)
+        self._read_state = read_state
+        self._objects = dict(objects or {})
+
+    def read(self) -> Picture:
+        """Render now."""
+        state = self._read_state()
+        stamp = time.monotonic()
+        poses = body_to_world(self._scene, state.q, state.fingers, self._objects)
+        frames = self._rasterizer.render(self._scene, poses[None], {self._name: self._camera})
+        return Picture(frames[self._name].rgb[0].cpu().numpy(), stamp)
+
+
+def camera_of(contract: CameraContract) -> Camera:
+    """The contract's camera as a pinhole Camera (C = 1)."""
+    world_to_camera = np.linalg.inv(np.array(contract.base_from_camera))
+    return Camera(
+        torch.tensor(world_to_camera, dtype=torch.float32)[None],
+        torch.tensor(contract.K, dtype=torch.float32)[None],
+        contract.width,
+        contract.height,
+    )
+
+
+def body_to_world(scene: Scene, q: Array, fingers: tuple[float, float], objects: Mapping[str, Array]) -> torch.Tensor:
+    """Poses float32 [M, 4, 4] of the scene's bodies: links from ``q`` [7] (rad) and fingers (m), others as given."""
+    poses = scene.rest_to_world.clone()
+    known = {**link_poses(q, fingers), **objects}
+    for i, name in enumerate(scene.names):
+        if name in known:
+            poses[i] = torch.tensor(known[name], dtype=torch.float32)
+    return poses

@@ -1,0 +1,98 @@
+"""The openpi websocket protocol, client side (small, with time-outs; used by the control loop)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import connect
+
+from gsrl_core.deploy import wire
+from gsrl_core.deploy.contract import Contract
+from gsrl_core.errors import PackageError, WorkerError
+
+
+class PolicyClient:
+    """One connection to a policy server."""
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 8000, *, api_key: str | None = None, timeout: float = 10.0
+    ) -> None:
+        """Connect and read the server's metadata; ``timeout`` (s) also holds for every later answer.
+
+        Raises:
+            WorkerError: no server, wrong key, or no metadata in time.
+        """
+        self._address = f"{host}:{port}"
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
+        try:
+            self._connection = connect(
+                f"ws://{self._address}",
+                compression=None,
+                max_size=wire.MAX_MESSAGE,
+                additional_headers=headers,
+                open_timeout=timeout,
+                close_timeout=1.0,
+                proxy=None,
+            )
+            self.metadata: dict[str, Any] = wire.unpack(self._received())
+        except (OSError, WebSocketException) as error:
+            raise WorkerError(
+                f"policy server {self._address}: {error or type(error).__name__}; is `real2sim2real serve` running there?"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def check(self, contract: Contract) -> None:
+        """Compare the server's contract with ours.
+
+        Raises:
+            PackageError: they differ; names the fields.
+        """
+        served = self.metadata.get("contract")
+        if not isinstance(served, Mapping):
+            raise PackageError(f"policy server {self._address} sends no contract; it does not serve a package of ours")
+        mine = contract.model_dump(mode="json")
+        different = sorted(key for key in {*mine, *served} if mine.get(key) != served.get(key))
+        if different:
+            details = "; ".join(f"{key}: server {served.get(key)!r}, package {mine.get(key)!r}" for key in different)
+            raise PackageError(f"policy server {self._address} serves another contract ({details}); serve this package")
+
+    def infer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask for one chunk.
+
+        Raises:
+            WorkerError: the server refused the request (with its own words), died, or did not answer in time.
+        """
+        with self._lock:
+            try:
+                self._connection.send(wire.pack(dict(request)))
+                answer = self._received()
+            except (OSError, WebSocketException) as error:
+                raise WorkerError(
+                    f"policy server {self._address}: connection lost ({error or type(error).__name__})"
+                ) from error
+        return wire.unpack(answer)
+
+    def close(self) -> None:
+        """Close the connection; an answer that another thread waits for ends with WorkerError."""
+        self._connection.close()
+
+    def _received(self) -> bytes:
+        try:
+            message = self._connection.recv(self._timeout)
+        except TimeoutError as error:
+            raise WorkerError(f"policy server {self._address}: no answer within {self._timeout:g} s") from error
+        if isinstance(message, str):
+            lines = message.strip().splitlines() or ["unknown error"]
+            raise WorkerError(f"policy server {self._address} refused the request: {lines[-1]}")
+        return message
