@@ -1,0 +1,154 @@
+"""What all tasks share: retries of downloads, slots of GPUs, and the key under which a stage's result is cached.
+
+One cache: the store's stage index (``gsrl_core.artifacts``). Prefect's own result cache stays off, because a hit must
+mean that the artefact's bytes are on disk and unaltered, also after SIGKILL in the middle of writing; a hit is shown
+to Prefect as the task state ``Cached``.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+from prefect.tasks import Task
+
+import gsrl_core
+from gsrl_core.config import PipelineConfig, section_digest
+from gsrl_core.hub import InterruptedDownloadError
+
+STAGE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retries": 0}
+"""Options of every task: a stage that failed is deterministic, trying again without a change does not help."""
+
+GPU_LIMIT = "gpu"
+"""Name of the global concurrency limit whose slots are this host's GPUs."""
+
+_ROOT = Path(gsrl_core.__file__).parent
+_MODULE_NAME = re.compile(r"^gsrl_core(\.\w+)+$")
+# Values are keyed by section; the rest of these two cannot change what a stage computes.
+_NOT_CODE = {"gsrl_core.config", "gsrl_core.errors"}
+
+
+def _broke_off(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Try again only when a transfer broke off: a wrong digest or an unknown name stays wrong."""
+    return isinstance(state.result(raise_on_failure=False), InterruptedDownloadError)
+
+
+FETCH: dict[str, Any] = {**STAGE, "retries": 2, "retry_delay_seconds": [2, 10], "retry_condition_fn": _broke_off}
+"""Options of tasks that download."""
+
+
+def stage_key(
+    stage: str, inputs: Mapping[str, str], config: PipelineConfig, sections: Iterable[str], modules: Iterable[str]
+) -> str:
+    """The cache key of a stage: its inputs (digests), its config sections and the code it runs, as 32 hex digits."""
+    parts = [
+        stage,
+        *(f"{name}={value}" for name, value in sorted(inputs.items())),
+        *(f"{name}:{section_digest(getattr(config, name))}" for name in sorted(sections)),
+        *(f"{module}@{code_version(module)}" for module in sorted(modules)),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def restricted(config: PipelineConfig, sections: Iterable[str]) -> PipelineConfig:
+    """``config`` with every section outside ``sections`` at its defaults: a stage cannot read what its key omits."""
+    return PipelineConfig.model_construct(
+        **{
+            name: getattr(config, name) if name in set(sections) else field.default
+            for name, field in PipelineConfig.model_fields.items()
+        }
+    )
+
+
+@cache
+def code_version(module: str) -> str:
+    """Digest of the sources of ``module`` and of all modules of gsrl_core that it imports, directly or not."""
+    total = hashlib.sha256()
+    for name in sorted(_closure(module)):
+        total.update(f"{name}\0".encode() + _source(name).read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _closure(module: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name not in _NOT_CODE:
+            found.add(name)
+            waiting.extend(_imported(name))
+    return found
+
+
+@cache
+def _imported(module: str) -> frozenset[str]:
+    """Modules of gsrl_core that a module names: in imports at any depth, or as text (workers started by name)."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_source(module).read_text())):
+        match node:
+            case ast.Import(names=aliases):
+                names.update(alias.name for alias in aliases)
+            case ast.ImportFrom(module=str(parent), names=aliases, level=0):
+                names.update([parent, *(f"{parent}.{alias.name}" for alias in aliases)])
+            case ast.Constant(value=str(text)) if _MODULE_NAME.match(text):
+                names.add(text)
+    return frozenset(name for name in names if name.startswith("gsrl_core.") and _exists(name))
+
+
+def _path(module: str) -> Path:
+    return _ROOT.joinpath(*module.split(".")[1:])
+
+
+def _exists(module: str) -> bool:
+    return _path(module).with_suffix(".py").is_file() or (_path(module) / "__init__.py").is_file()
+
+
+def _source(module: str) -> Path:
+    single = _path(module).with_suffix(".py")
+    return single if single.is_file() else _path(module) / "__init__.py"
+
+
+@contextmanager
+def gpu_slots(config: PipelineConfig) -> Iterator[None]:
+    """Occupy this host's GPUs for the duration of the block; without a CUDA device there is nothing to occupy.
+
+    The limit is made on first use, with as many slots as there are GPUs; a limit set by hand is respected.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        yield
+        return
+    from prefect.concurrency.sync import concurrency
+
+    _ensure_limit(count)
+    # One process uses one GPU; Ray's actors may be placed on all of them. Leases are renewed; a short outage of the
+    # API must not end a training of many hours.
+    occupied = count if config.cluster.runtime == "ray" else 1
+    with concurrency(GPU_LIMIT, occupy=occupied, strict=True, raise_on_lease_renewal_failure=False):
+        yield
+
+
+def _ensure_limit(slots: int) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+        except ObjectNotFound:
+            try:
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=slots))
+            except ObjectAlreadyExists:
+                return  # another run made it in between
