@@ -1,0 +1,230 @@
+"""Groups of workers behind one interface: objects in this process, or Ray actors.
+
+A worker is any object that a picklable factory makes from its rank. What runs above does not know which kind it has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from gsrl_core.errors import GsrlError, PlacementError, WorkerError
+
+Factory = Callable[[int], Any]
+
+
+class Pending(Protocol):
+    """A result that may still be computed. Given as an argument to ``submit`` it stands for its value."""
+
+    def result(self) -> Any:
+        """Wait for the value; raises what the worker raised (GsrlError) or WorkerError."""
+        ...
+
+
+class WorkerGroup(Protocol):
+    """``size`` workers of one kind, by rank."""
+
+    size: int
+
+    def submit(self, rank: int, method: str, *arguments: Any) -> Pending:
+        """Start ``worker.method(*arguments)`` on one worker."""
+        ...
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """The same call on all workers at once; results by rank."""
+        ...
+
+    def close(self) -> None:
+        """End the workers (their ``close`` is called)."""
+        ...
+
+
+class LocalWorkers:
+    """One worker in this process; calls are plain calls and exceptions are the worker's own."""
+
+    size = 1
+
+    def __init__(self, factory: Factory) -> None:
+        self._worker = factory(0)
+
+    def submit(self, rank: int, method: str, *arguments: Any) -> Pending:
+        """Call at once."""
+        if rank:
+            raise PlacementError(f"there is one local worker, rank 0; asked for {rank}")
+        values = [argument.result() if isinstance(argument, _Done) else argument for argument in arguments]
+        return _Done(getattr(self._worker, method)(*values))
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call at once."""
+        return [self.submit(0, method, *arguments).result()]
+
+    def close(self) -> None:
+        """Close the worker."""
+        self._worker.close()
+
+
+class _Done:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
+class RayWorkers:
+    """One Ray actor per entry of ``devices``, on the node that has these devices."""
+
+    def __init__(
+        self,
+        name: str,
+        factory: Factory,
+        devices: Sequence[Sequence[int]],
+        *,
+        restarts: int = 0,
+        on_restart: Callable[[int], None] | None = None,
+    ) -> None:
+        """Start the actors (and Ray, if it is not running: the cluster of RAY_ADDRESS, or a local one).
+
+        Args:
+            name: role, for messages.
+            factory: makes the worker of a rank inside its actor.
+            devices: for each rank the numbers of its GPUs, counted over all nodes; ignored without GPUs.
+            restarts: how often each worker may die and be started again, its interrupted call repeated.
+            on_restart: called with the rank of a worker that was started again, before the call is repeated.
+        """
+        _start_ray()
+        self.name, self.size = name, len(devices)
+        self._factory, self._devices, self._on_restart = factory, devices, on_restart
+        self._restarts_left = [restarts] * self.size
+        self._actors = [self._start(rank) for rank in range(self.size)]
+
+    def submit(self, rank: int, method: str, *arguments: Any) -> Pending:
+        """Start a call on the actor of this rank."""
+        return _RayCall(self, rank, method, arguments)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """The same call on all actors at once."""
+        return [pending.result() for pending in [self.submit(rank, method, *arguments) for rank in range(self.size)]]
+
+    def node_address(self, rank: int) -> str:
+        """A free ``host:port`` on the node of this rank."""
+        import ray
+
+        return ray.get(self._actors[rank].free_address.remote())
+
+    def close(self) -> None:
+        """End all actors; those that do not answer within ten seconds are killed."""
+        import ray
+
+        closing = [actor.run.remote("close") for actor in self._actors]
+        ray.wait(closing, num_returns=len(closing), timeout=10)
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def remote(self, rank: int, method: str, arguments: Sequence[Any]) -> Any:
+        """Ray's reference of a started call (used by pending results)."""
+        # Only top-level references are resolved by Ray, so the arguments are spread out.
+        values = [argument.reference if isinstance(argument, _RayCall) else argument for argument in arguments]
+        return self._actors[rank].run.remote(method, *values)
+
+    def revive(self, rank: int, cause: Exception) -> None:
+        """Start a dead worker again. Raises WorkerError when its restarts are used up."""
+        if not self._restarts_left[rank]:
+            raise WorkerError(
+                f"{self.name} worker {rank} died ({cause}); resume from the last checkpoint. The log is in Ray's "
+                "session folder, logs/worker-*.err; a process that vanishes without a message was often out of memory"
+            ) from cause
+        self._restarts_left[rank] -= 1
+        self._actors[rank] = self._start(rank)
+        if self._on_restart:
+            self._on_restart(rank)
+
+    def _start(self, rank: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        located = cluster_devices()
+        options: dict[str, Any] = {"num_cpus": 0}
+        visible = None
+        if located:
+            places = [located[device] for device in self._devices[rank]]
+            if len({node for node, _ in places}) > 1:
+                raise PlacementError(f"{self.name} process {rank} has devices {self._devices[rank]} on several nodes")
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(places[0][0], soft=False)
+            visible = ",".join(str(index) for index in dict.fromkeys(index for _, index in places))
+        return ray.remote(**options)(_Host).remote(self._factory, rank, visible)
+
+
+class _RayCall:
+    def __init__(self, group: RayWorkers, rank: int, method: str, arguments: Sequence[Any]) -> None:
+        self._group, self._rank, self._method, self._arguments = group, rank, method, arguments
+        self.reference = group.remote(rank, method, arguments)
+
+    def result(self) -> Any:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        while True:
+            try:
+                return ray.get(self.reference)
+            except RayTaskError as error:
+                raise self._cause(error) from error
+            except RayActorError as error:
+                self._group.revive(self._rank, error)
+                self.reference = self._group.remote(self._rank, self._method, self._arguments)
+
+    def _cause(self, error: Any) -> GsrlError:
+        text = f"{self._group.name} worker {self._rank} failed in {self._method}:\n{error.traceback_str}"
+        if isinstance(error.cause, GsrlError):
+            # The class and the message a person can act on; the worker's traceback stays attached.
+            raise error.cause from WorkerError(text)
+        return WorkerError(text)
+
+
+class _Host:
+    """The actor: makes the worker after the devices were narrowed, and passes calls on."""
+
+    def __init__(self, factory: Factory, rank: int, visible_devices: str | None) -> None:
+        if visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
+        self._worker = factory(rank)
+
+    def run(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*arguments)
+
+    def free_address(self) -> str:
+        import ray
+
+        from gsrl_core.dist.collective import free_address
+
+        return free_address(ray.util.get_node_ip_address())
+
+
+def cluster_devices() -> list[tuple[str, int]]:
+    """All GPUs of the Ray cluster as (node id, number on the node), in a stable order; empty without GPUs."""
+    import ray
+
+    _start_ray()
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
+    return [(node["NodeID"], index) for node in nodes for index in range(int(node["Resources"].get("GPU", 0)))]
+
+
+def stop_ray() -> None:
+    """Leave the cluster; a local one ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Without it Ray hides all GPUs from actors that did not ask it for some; devices are dealt by placement here.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
