@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.errors import SceneError
-from gsrl_core.geometry.rotation import matrix_to_quat, quat_multiply
+from gsrl_core.geometry.rotation import matrix_to_quat, quat_multiply, quat_to_matrix
 from gsrl_core.splat.harmonics import rotate_harmonics, sh_degree
 
 
@@ -87,6 +87,26 @@ class Gaussians:
             log_scales=self.log_scales + math.log(scale),
             logit_opacities=self.logit_opacities,
             harmonics=rotate_harmonics(self.harmonics, rotation),
+        )
+
+    def stretched(self, factors: Tensor) -> Gaussians:
+        """The Gaussians scaled along the frame's axes by ``factors`` [3]; covariances follow, harmonics do not change.
+
+        Raises:
+            SceneError: a factor is not positive.
+        """
+        if not bool((factors > 0).all()):
+            raise SceneError(f"Gaussians: stretch factors {factors.tolist()} must be positive")
+        factors = factors.to(self.means)
+        axes = factors[:, None] * quat_to_matrix(self.quats) * self.log_scales.exp()[:, None, :]
+        rotation, scales, _ = torch.linalg.svd(axes)
+        rotation = rotation * torch.linalg.det(rotation)[:, None, None].sign()  # -R spans the same ellipsoid
+        return Gaussians(
+            means=factors * self.means,
+            quats=matrix_to_quat(rotation),
+            log_scales=scales.log(),
+            logit_opacities=self.logit_opacities,
+            harmonics=self.harmonics,
         )
 
     @staticmethod
