@@ -1,0 +1,245 @@
+"""Checkpoint folders in openpi's layout: model.safetensors, config.json, assets/<id>/norm_stats.json, tokenizer.model.
+
+``heads.safetensors`` beside them holds what openpi does not know: the critic, and the noise head of Flow-Noise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gsrl_core.artifacts import digest_file, write_bytes, write_json
+from gsrl_core.errors import CheckpointError
+from gsrl_core.policy.agent import Pi05Policy, Sampling
+from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
+from gsrl_core.policy.flow import NoiseHead
+from gsrl_core.policy.keys import check_names, published, sort_tensors
+from gsrl_core.policy.pi05 import Pi05
+from gsrl_core.policy.tokenizer import PromptTokenizer
+from gsrl_core.policy.transforms import FieldStats, norm_stats_from_json, norm_stats_to_json
+from gsrl_core.policy.value import ValueHead
+
+logger = logging.getLogger(__name__)
+
+ASSET_ID = "fr3"
+TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
+OPENPI_TOKENIZER = Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model")
+"""Where openpi keeps the tokenizer that its checkpoints do not bring."""
+_WIDE = ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "language_model.norm")
+_FROZEN = "paligemma_with_expert.paligemma."
+
+
+def load_policy(
+    folder: Path,
+    *,
+    denoise_steps: int,
+    action_chunk: int,
+    noise_method: Literal["flow_sde", "flow_noise"] = "flow_sde",
+    noise_level: float = 0.5,
+    noise_std_range: tuple[float, float] = (0.08, 0.16),
+    precision: Literal["float32", "bfloat16"] = "float32",
+    device: torch.device | str = "cpu",
+) -> Pi05Policy:
+    """Read a checkpoint folder; heads that it does not bring start fresh, from a fixed seed.
+
+    Args:
+        folder: openpi layout (norm_stats.json in assets/<id>/, <id>/ or beside), or a lerobot pi05 folder with a
+            tokenizer added.
+        denoise_steps: integration steps N.
+        action_chunk: actions executed per decision, at most the checkpoint's horizon.
+        noise_method: how exploration noise enters.
+        noise_level: of Flow-SDE.
+        noise_std_range: of Flow-Noise.
+        precision: of the frozen weights and the activations; trained weights stay float32.
+        device: where to put everything.
+
+    Raises:
+        CheckpointError: anything missing, broken or not fitting.
+    """
+    config = read_config(folder)
+    network, heads, carried = load_network(folder, config, precision, device)
+    tokenizer = load_tokenizer(folder, config)
+    state_stats, action_stats = read_norm_stats(folder)
+    sampling = Sampling(denoise_steps, action_chunk, noise_method, noise_level, tuple(noise_std_range))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        value_head = ValueHead(config.width, config.value_hidden)
+        noise_head = None
+        if noise_method == "flow_noise":
+            noise_head = NoiseHead(
+                config.expert_width, config.noise_hidden, config.action_dim, sampling.noise_std_range
+            )
+    _load_head(value_head, "value_head.", heads, folder)
+    value_head.to(device)
+    if noise_head is not None:
+        _load_head(noise_head, "noise_head.", heads, folder)
+        noise_head.to(device)
+    return Pi05Policy(network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried)
+
+
+def save_checkpoint(folder: Path, policy: Pi05Policy, *, card: str = "") -> None:
+    """Write ``policy`` as a folder that :func:`load_policy` and openpi read; ``card`` becomes README.md."""
+    heads = {
+        name: tensor for name, tensor in policy.state_dict_trainable().items() if name.startswith(("value_", "noise_"))
+    }
+    write_checkpoint(
+        folder,
+        network=policy.network,
+        tokenizer=policy.tokenizer.path,
+        state_stats=policy.state_normalizer.stats,
+        action_stats=policy.action_normalizer.stats,
+        heads=heads,
+        carried=policy.carried,
+        card=card,
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    network: Pi05,
+    tokenizer: Path,
+    state_stats: FieldStats,
+    action_stats: FieldStats,
+    heads: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+    card: str,
+) -> None:
+    """Write the parts of a checkpoint; each file appears whole or not at all, config.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {published(name): tensor for name, tensor in network.state_dict().items()} | dict(carried)
+    _save_tensors(folder / "model.safetensors", tensors)
+    if heads:
+        _save_tensors(folder / "heads.safetensors", heads)
+    assets = folder / "assets" / ASSET_ID
+    assets.mkdir(parents=True, exist_ok=True)
+    write_json(assets / "norm_stats.json", norm_stats_to_json(state_stats, action_stats))
+    if tokenizer != folder / "tokenizer.model":
+        write_bytes(folder / "tokenizer.model", tokenizer.read_bytes())
+    if card:
+        write_bytes(folder / "README.md", card.encode())
+    digest = digest_file(folder / "tokenizer.model")
+    write_json(folder / "config.json", config_to_json(network.config) | {"tokenizer_sha256": digest})
+
+
+def read_config(folder: Path) -> Pi05Config:
+    """The sizes of the network in ``folder``.
+
+    A folder without config.json (openpi's trainer writes none) is taken as the 3.6 B model in the seed's recipe:
+    5 actions, no state in the prompt; that is logged. Raises CheckpointError.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {folder}")
+    values = _read_json(folder / "config.json")
+    if values is None:
+        logger.warning(
+            "%s has no config.json: assuming pi05 with action_horizon 5 and discrete_state_input false (the seed's "
+            "recipe); write a config.json with these keys if that is wrong", folder
+        )  # fmt: skip
+        return config_from_json({"action_horizon": 5, "discrete_state_input": False})
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object")
+    return config_from_json(values)
+
+
+def load_network(
+    folder: Path, config: Pi05Config, precision: str, device: torch.device | str
+) -> tuple[Pi05, dict[str, Tensor], dict[str, Tensor]]:
+    """The network, the heads' tensors and the carried tensors of ``folder``. Raises CheckpointError."""
+    path = folder / "model.safetensors"
+    tensors, heads, carried = sort_tensors(_load_tensors(path))
+    if (folder / "heads.safetensors").is_file():
+        heads |= _load_tensors(folder / "heads.safetensors")
+    compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with torch.device("meta"):
+        network = Pi05(config, compute_dtype)
+    check_names(tensors, network.state_dict(), str(path))
+    placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
+    network.load_state_dict(placed, assign=True)
+    return network.eval(), heads, carried
+
+
+def load_tokenizer(folder: Path, config: Pi05Config) -> PromptTokenizer:
+    """The tokenizer of a checkpoint, checked against its vocabulary. Raises CheckpointError."""
+    candidates = [folder / name for name in TOKENIZERS] + [OPENPI_TOKENIZER.expanduser()]
+    path = next((path for path in candidates if path.is_file()), candidates[0])
+    tokenizer = PromptTokenizer(path, config.max_token_len, config.discrete_state)
+    values = _read_json(folder / "config.json")
+    expected = values.get("tokenizer_sha256") if isinstance(values, Mapping) else None
+    if tokenizer.vocab_size > config.vocab_size or (expected and digest_file(path) != expected):
+        raise CheckpointError(
+            f"{path} ({tokenizer.vocab_size} pieces) is not the tokenizer of this checkpoint (vocabulary of "
+            f"{config.vocab_size}); put the file that it was trained with there"
+        )
+    return tokenizer
+
+
+def read_norm_stats(folder: Path) -> tuple[FieldStats, FieldStats]:
+    """State and action statistics from wherever openpi, RLinf or lerobot put them. Raises CheckpointError."""
+    found = sorted(folder.rglob("norm_stats.json"))
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise CheckpointError(f"{folder} holds several norm_stats.json ({names}); keep the one of this robot")
+    if found:
+        return norm_stats_from_json(_read_json(found[0]), str(found[0]))
+    for path in sorted(folder.glob("policy_preprocessor*.safetensors")):
+        tensors = _load_tensors(path)
+        fields = {
+            ours: {key: tensors[f"{theirs}.{key}"].tolist() for key in ("mean", "std", "q01", "q99")}
+            for ours, theirs in (("state", "observation.state"), ("actions", "action"))
+            if all(f"{theirs}.{key}" in tensors for key in ("mean", "std", "q01", "q99"))
+        }
+        if len(fields) == 2:
+            return norm_stats_from_json(fields, str(path))
+    raise CheckpointError(
+        f"{folder} has no norm_stats.json (looked in it, in assets/<id>/ and in <id>/); copy it from the training run: "
+        "with other statistics the policy would command wrong motions"
+    )
+
+
+def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
+    # What PPO trains keeps float32 masters: steps of 5e-6 are lost in bfloat16.
+    return compute_dtype if name.startswith(_FROZEN) and not any(part in name for part in _WIDE) else torch.float32
+
+
+def _load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> None:
+    given = {name.removeprefix(prefix): t.float() for name, t in heads.items() if name.startswith(prefix)}
+    if given:
+        check_names(given, head.state_dict(), f"{prefix[:-1]} of {folder}")
+        head.load_state_dict(given)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error

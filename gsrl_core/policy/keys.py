@@ -1,0 +1,87 @@
+"""Names of the published tensors: several spellings in, openpi's out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from gsrl_core.errors import CheckpointError
+
+EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+TIED_EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
+"""The same tensor under the name that openpi's files keep (safetensors stores tied tensors once)."""
+UNUSED = "paligemma_with_expert.gemma_expert.lm_head.weight"
+"""Published, but no computation needs it. It is carried along so that openpi can read what is written back."""
+HEADS = ("value_head.", "noise_head.")
+
+_PALIGEMMA = r"^paligemma_with_expert\.paligemma\."
+_SPELLINGS = (
+    (r"^model\.(?=paligemma_with_expert|action_|time_mlp|value_head|noise_head)", ""),
+    (r"^action_time_mlp_", "time_mlp_"),
+    (_PALIGEMMA + r"language_model\.lm_head\.", "paligemma_with_expert.paligemma.lm_head."),
+    (_PALIGEMMA + r"language_model\.model\.", "paligemma_with_expert.paligemma.model.language_model."),
+    (
+        _PALIGEMMA + r"(language_model|vision_tower|multi_modal_projector)\.",
+        r"paligemma_with_expert.paligemma.model.\1.",
+    ),
+)
+_SHOWN = 12
+
+
+def canonical(name: str) -> str:
+    """A tensor's name in this repository, from openpi's (old or new), lerobot's or this one's."""
+    for pattern, replacement in _SPELLINGS:
+        name = re.sub(pattern, replacement, name)
+    return EMBEDDING if name == TIED_EMBEDDING else name
+
+
+def published(name: str) -> str:
+    """The name that a file gets."""
+    return TIED_EMBEDDING if name == EMBEDDING else name
+
+
+def sort_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a file as (network, heads, carried), under canonical names."""
+    network: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        name = canonical(name)
+        part = carried if name == UNUSED else heads if name.startswith(HEADS) else network
+        part[name] = tensor
+    return network, heads, carried
+
+
+def check_names(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: naming missing, unexpected and misshapen tensors.
+    """
+    misshapen = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in sorted(set(given) & set(wanted))
+        if given[name].shape != wanted[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {_listed(names)}"
+        for kind, names in (
+            ("missing", sorted(set(wanted) - set(given))),
+            ("unexpected", sorted(set(given) - set(wanted))),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit the architecture. {'; '.join(problems)}. Check that config.json belongs to these "
+            "weights and that the download is complete"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest

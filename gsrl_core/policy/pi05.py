@@ -1,0 +1,217 @@
+"""The pi0.5 network (https://arxiv.org/abs/2504.16054): SigLIP + Gemma prefix, and a flow-matching action expert.
+
+The prefix (images, then prompt) attends to itself only, so it is computed once and kept as keys and values; the
+action expert attends to it and to its own H tokens. Parameter names and shapes are those of openpi's PyTorch model.
+
+Axis legend: B batch, S image side, T prompt tokens, N prefix tokens, H horizon, A action width, L layers, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gsrl_core.policy.config import IMAGE_SLOTS, Pi05Config
+from gsrl_core.policy.gemma import Gemma, GemmaSize, Projection, rotary
+from gsrl_core.policy.siglip import VisionTower
+
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""Periods of the time embedding."""
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What the action expert and the critic need of the prefix."""
+
+    keys: Tensor
+    """[B, L, G, N, D], rotated to their positions."""
+    values: Tensor
+    """[B, L, G, N, D]."""
+    valid: Tensor
+    """bool [B, N]."""
+    hidden: Tensor | None
+    """[B, N, W] after the final norm; None for a cache restored from a rollout."""
+    key_mask: Tensor | None
+    """``valid`` if anything is masked, else None (the faster attention)."""
+
+    @classmethod
+    def restore(cls, keys: Tensor, values: Tensor, valid: Tensor) -> PrefixCache:
+        """A cache from stored keys, values and mask."""
+        return cls(keys, values, valid, None, None if bool(valid.all()) else valid)
+
+
+class Pi05(nn.Module):
+    """The network at any size; see :class:`~gsrl_core.policy.config.Pi05Config`."""
+
+    def __init__(self, config: Pi05Config, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.paligemma_with_expert = _PaliGemmaWithExpert(config)
+        self.action_in_proj = Projection(config.action_dim, config.expert_width)
+        self.action_out_proj = Projection(config.expert_width, config.action_dim)
+        self.time_mlp_in = Projection(config.expert_width, config.expert_width)
+        self.time_mlp_out = Projection(config.expert_width, config.expert_width)
+
+    @property
+    def paligemma(self) -> _PaliGemmaModel:
+        """The frozen-in-PPO part: vision tower, projector and language model."""
+        return self.paligemma_with_expert.paligemma.model
+
+    @property
+    def expert(self) -> Gemma:
+        """The action expert."""
+        return self.paligemma_with_expert.gemma_expert.model
+
+    def trainable_in_ppo(self) -> dict[str, nn.Parameter]:
+        """Parameters outside the vision-language model, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("paligemma_with_expert.paligemma.")
+        }
+
+    def embed_prefix(
+        self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor], tokens: Tensor, token_mask: Tensor
+    ) -> PrefixCache:
+        """Run the vision tower and the language model.
+
+        Slots that no sample uses and text columns that no sample fills are not computed. That is exact: masked tokens
+        are attended by nobody and positions count valid tokens only.
+
+        Args:
+            images: slot -> float [B, 3, S, S] in [-1, 1]; slots not given count as masked.
+            masks: slot -> bool [B].
+            tokens: int64 [B, T], padded on the right.
+            token_mask: bool [B, T].
+        """
+        pieces, valid = [], []
+        for slot in IMAGE_SLOTS:
+            if slot in images and bool(masks[slot].any()):
+                features = self._embed_image(images[slot])
+                pieces.append(features)
+                valid.append(masks[slot][:, None].expand(features.shape[:2]))
+        filled = int(token_mask.any(dim=0).sum())
+        pieces.append(self._embed_tokens(tokens[:, :filled]))
+        valid.append(token_mask[:, :filled])
+        return self._run_prefix(torch.cat(pieces, dim=1), torch.cat(valid, dim=1))
+
+    def velocity(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
+        """v(x_t, t) float32 [B, H, A]; it estimates noise - action. ``x_t`` [B, H, A], ``t`` [B] in (0, 1]."""
+        return self.project(self.suffix(prefix, x_t, t))
+
+    def suffix(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
+        """The expert's final hidden states float32 [B, H, We] for noisy actions [B, H, A] at times [B]."""
+        condition = self._embed_time(t)
+        x = self.action_in_proj(x_t.float()).to(self.compute_dtype)
+        offset = prefix.valid.sum(dim=1, keepdim=True)
+        positions = offset + torch.arange(x.shape[1], device=x.device)
+        table = rotary(positions, self.config.head_dim)
+        key_mask = prefix.key_mask
+        if key_mask is not None:
+            key_mask = torch.cat([key_mask, key_mask.new_ones(x.shape[:2])], dim=1)
+        for index, layer in enumerate(self.expert.layers):
+            past = prefix.keys[:, index], prefix.values[:, index]
+            x, _, _ = layer(x, table, key_mask, condition, past)
+        return self.expert.norm(x, condition)[0].float()
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the expert [B, H, We] -> velocity float32 [B, H, A]."""
+        return self.action_out_proj(hidden.float())
+
+    def _run_prefix(self, x: Tensor, valid: Tensor) -> PrefixCache:
+        key_mask = None if bool(valid.all()) else valid
+        table = rotary(valid.long().cumsum(dim=1) - 1, self.config.head_dim)
+        keys, values = [], []
+        model = self.paligemma.language_model
+        for layer in model.layers:
+            x, key, value = layer(x, table, key_mask)
+            keys.append(key)
+            values.append(value)
+        hidden, _ = model.norm(x)
+        return PrefixCache(torch.stack(keys, dim=1), torch.stack(values, dim=1), valid, hidden, key_mask)
+
+    def _embed_image(self, image: Tensor) -> Tensor:
+        model = self.paligemma
+        return model.multi_modal_projector.linear(model.vision_tower.vision_model(image.to(self.compute_dtype)))
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        embedded = self.paligemma.language_model.embed_tokens(tokens).to(self.compute_dtype)
+        return embedded * embedded.new_tensor(math.sqrt(self.config.width))
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        wave = sincos_time(t, self.config.expert_width).float()
+        hidden = nn.functional.silu(self.time_mlp_in(wave))
+        return nn.functional.silu(self.time_mlp_out(hidden))
+
+
+def sincos_time(t: Tensor, width: int) -> Tensor:
+    """Sine-cosine features float64 [B, width] of t [B] at log-spaced periods 4e-3..4."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angle = t.double()[:, None] * (2 * math.pi / period)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def initialise(model: Pi05, seed: int) -> None:
+    """Random weights for training from scratch: unit-variance embeddings, fan-in projections, closed adaRMS gates."""
+    generator = torch.Generator().manual_seed(seed)
+    residual_scale = 1 / math.sqrt(2 * model.config.depth)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                std = 0.02 if "position" in name else model.config.width**-0.5
+                module.weight.normal_(0.0, std, generator=generator)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                scale = residual_scale if name.endswith(("o_proj", "out_proj", "down_proj", "fc2")) else 1.0
+                std = 0.0 if name.endswith("dense") else scale / math.sqrt(module.weight[0].numel())
+                module.weight.normal_(0.0, std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+class _PaliGemmaWithExpert(nn.Module):
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        self.paligemma = _PaliGemma(config)
+        self.gemma_expert = _GemmaExpert(config)
+
+
+class _PaliGemma(nn.Module):
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        self.model = _PaliGemmaModel(config)
+
+
+class _PaliGemmaModel(nn.Module):
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        size = GemmaSize(config.width, config.depth, config.mlp, config.heads, config.kv_heads, config.head_dim)
+        self.vision_tower = VisionTower(config)
+        self.multi_modal_projector = _Projector(config)
+        self.language_model = Gemma(size, config.vocab_size)
+
+
+class _Projector(nn.Module):
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        self.linear = Projection(config.vision_width, config.width)
+
+
+class _GemmaExpert(nn.Module):
+    def __init__(self, config: Pi05Config) -> None:
+        super().__init__()
+        size = GemmaSize(
+            config.expert_width,
+            config.depth,
+            config.expert_mlp,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            condition_width=config.expert_width,
+        )
+        self.model = Gemma(size)

@@ -1,0 +1,171 @@
+"""What happens to pictures, states and actions between the environment and the network; frozen and invertible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gsrl_core.errors import CheckpointError
+
+EPS = 1e-6
+BINS = 256
+
+
+@dataclass(frozen=True)
+class FieldStats:
+    """Statistics of one vector over the training data, each float32 [D]."""
+
+    mean: Tensor
+    std: Tensor
+    q01: Tensor
+    q99: Tensor
+
+    @classmethod
+    def of(cls, data: Tensor) -> FieldStats:
+        """Over the rows of [n, D]."""
+        wide = data.double()
+        q01, q99 = (_quantile(wide, q) for q in (0.01, 0.99))
+        std = wide.std(dim=0, correction=0)
+        return cls(wide.mean(dim=0).float(), std.float(), q01.float(), q99.float())
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Map a vector to network units and back.
+
+    quantile (pi0.5): y = 2 (x - q01) / (q99 - q01 + 1e-6) - 1; mean_std (pi0): y = (x - mean) / (std + 1e-6).
+    """
+
+    stats: FieldStats
+    mode: Literal["quantile", "mean_std"] = "quantile"
+
+    @property
+    def width(self) -> int:
+        """D, the number of real (unpadded) entries."""
+        return self.stats.mean.numel()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """[..., D] in physical units -> [..., D] in network units."""
+        offset, scale = self._affine(x)
+        return (x - offset) / scale
+
+    def denormalize(self, y: Tensor) -> Tensor:
+        """[..., >= D] in network units -> [..., D] in physical units; padding is cut off."""
+        offset, scale = self._affine(y)
+        return y[..., : self.width] * scale + offset
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.stats
+        if self.mode == "mean_std":
+            offset, scale = stats.mean, stats.std + EPS
+        else:
+            scale = 0.5 * (stats.q99 - stats.q01 + EPS)
+            offset = stats.q01 + scale
+        return offset.to(like), scale.to(like)
+
+
+def norm_stats_to_json(state: FieldStats, actions: FieldStats) -> dict[str, Any]:
+    """The content of openpi's norm_stats.json."""
+    fields = {"state": state, "actions": actions}
+    return {
+        "norm_stats": {
+            name: {key: getattr(stats, key).tolist() for key in ("mean", "std", "q01", "q99")}
+            for name, stats in fields.items()
+        }
+    }
+
+
+def norm_stats_from_json(content: Any, source: str) -> tuple[FieldStats, FieldStats]:
+    """State and action statistics of a parsed norm_stats.json; trailing all-zero entries (padding) are cut off.
+
+    Raises:
+        CheckpointError: a field is missing, not numbers, of uneven length or not finite.
+    """
+    tree = content.get("norm_stats", content) if isinstance(content, Mapping) else None
+    if not isinstance(tree, Mapping) or not {"state", "actions"} <= set(tree):
+        raise CheckpointError(f"{source}: expected norm_stats with 'state' and 'actions'; compute the statistics again")
+    return _field(tree["state"], f"{source}: state"), _field(tree["actions"], f"{source}: actions")
+
+
+def _field(values: Any, source: str) -> FieldStats:
+    names = ("mean", "std", "q01", "q99")
+    if not isinstance(values, Mapping) or not set(names) <= set(values):
+        raise CheckpointError(f"{source} needs {', '.join(names)}")
+    try:
+        rows = torch.tensor([values[name] for name in names], dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: mean, std, q01 and q99 must be equally long lists of numbers") from error
+    if rows.ndim != 2 or not rows.shape[1] or not rows.isfinite().all():
+        raise CheckpointError(f"{source}: mean, std, q01 and q99 must be non-empty lists of finite numbers")
+    if (rows[3] < rows[2]).any():
+        raise CheckpointError(f"{source}: q99 is below q01; compute the statistics again")
+    used = int(rows.abs().amax(dim=0).nonzero().amax()) + 1 if rows.any() else rows.shape[1]
+    return FieldStats(*rows[:, :used])
+
+
+def _quantile(data: Tensor, q: float) -> Tensor:
+    # torch.quantile refuses more than 2^24 entries.
+    order = data.sort(dim=0).values
+    place = q * (data.shape[0] - 1)
+    low = int(place)
+    high = min(low + 1, data.shape[0] - 1)
+    return torch.lerp(order[low], order[high], place - low)
+
+
+def resize_with_pad(images: Tensor, size: int) -> Tensor:
+    """Fit pictures into a square, keeping their shape, with black borders (openpi's resize_with_pad).
+
+    The same as PIL's bilinear (antialiased) resize to within one level; on the CPU by torch's fixed-point kernel,
+    elsewhere in float32.
+
+    Args:
+        images: uint8 [B, h, w, 3].
+        size: side of the square [px].
+
+    Returns:
+        uint8 [B, size, size, 3]
+    """
+    height, width = images.shape[1:3]
+    if (height, width) == (size, size):
+        return images
+    ratio = max(width / size, height / size)
+    new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    channels_first = images.permute(0, 3, 1, 2)
+    if images.device.type != "cpu":
+        channels_first = channels_first.float()
+    small = functional.interpolate(
+        channels_first, (new_height, new_width), mode="bilinear", antialias=True, align_corners=False
+    )
+    if small.dtype != torch.uint8:
+        small = small.round().clamp(0, 255).to(torch.uint8)
+    out = images.new_zeros(images.shape[0], size, size, 3)
+    out[:, top : top + new_height, left : left + new_width] = small.permute(0, 2, 3, 1)
+    return out
+
+
+def to_network_range(images: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0
+
+
+def discretize_state(state: Tensor) -> Tensor:
+    """Normalised state [..., D] -> int64 bins: 0..255 over [-1, 1), 255 above, -1 below (as openpi's digitize)."""
+    edges = torch.linspace(-1.0, 1.0, BINS + 1, dtype=torch.float64, device=state.device)[:-1]
+    return torch.bucketize(state.double(), edges, right=True) - 1
+
+
+def pad_last(x: Tensor, width: int) -> Tensor:
+    """[..., D] -> [..., width] with zeros.
+
+    Raises:
+        CheckpointError: D is larger than ``width``.
+    """
+    if x.shape[-1] > width:
+        raise CheckpointError(f"a vector of {x.shape[-1]} entries does not fit the network's {width}")
+    return functional.pad(x, (0, width - x.shape[-1]))
