@@ -20,8 +20,8 @@ from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 
 SAMPLES_PER_GAUSSIAN = 40
-COVERAGE = 1.9
-"""Standard deviation of a disc over that of its cluster; about 2 makes neighbours overlap into a closed surface."""
+COVERAGE = 2.3
+"""Standard deviation of a disc over that of its cluster; below about 2 the gaps between neighbours show."""
 OPACITY = 0.985
 FLATNESS = 0.05
 """Smallest thickness of a disc relative to its largest radius."""
