@@ -1,0 +1,309 @@
+"""One environment's physics without ManiSkill's per-step overhead: SAPIEN bodies, drive targets, ``px.step``.
+
+It reproduces ``PutCubeOnPlate-v0``'s ``env.step`` (tests compare the two) and imports neither torch nor ManiSkill, so
+that a worker process starts in under a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sapien
+from sapien import physx
+
+from gsrl_core.errors import SimulationError
+from gsrl_core.geometry import props
+from gsrl_core.sim import fr3, task
+from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.urdf import robot_builder
+
+TABLE_QUAT = (np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0)
+"""Turns PhysX's plane, whose normal is x, to face up."""
+CONTROL_MODES = ("pd_ee_target_delta_pose", "pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """How an environment is stepped."""
+
+    urdf: Path
+    """See :func:`gsrl_core.sim.fr3.prepare_urdf`."""
+    sim_hz: int = task.SIM_HZ
+    control_hz: int = task.CONTROL_HZ
+    control_mode: str = "pd_ee_target_delta_pose"
+    solver_iterations: int = task.SOLVER_POSITION_ITERATIONS
+    """TGS position iterations per simulation step."""
+
+    def __post_init__(self) -> None:
+        if self.control_mode not in CONTROL_MODES:
+            raise SimulationError(f"control mode {self.control_mode!r}; allowed: {', '.join(CONTROL_MODES)}")
+        if self.sim_hz % self.control_hz:
+            raise SimulationError(f"sim_hz {self.sim_hz} must be a multiple of control_hz {self.control_hz}")
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action: pose delta or arm joints, then the gripper."""
+        return 7 if "ee" in self.control_mode else 8
+
+
+@dataclass
+class _Bodies:
+    """Handles into the current SAPIEN scene."""
+
+    system: physx.PhysxCpuSystem
+    scene: sapien.Scene
+    robot: physx.PhysxArticulation
+    joints: list[physx.PhysxArticulationJoint]
+    visible: list[physx.PhysxRigidBaseComponent]
+    tcp: physx.PhysxArticulationLinkComponent
+    cube: physx.PhysxRigidDynamicComponent
+    plate: physx.PhysxRigidDynamicComponent
+
+
+class World:
+    """Robot, cube, plate and table. Every reset builds a fresh PhysX scene (1 ms), so no episode leaves a trace."""
+
+    def __init__(self, settings: WorldSettings) -> None:
+        self.settings = settings
+        self._substeps = settings.sim_hz // settings.control_hz
+        self._kinematics = ArmKinematics(settings.urdf)
+        configure_physx(settings.solver_iterations)
+        self._robot_builder = robot_builder(settings.urdf)
+        self._plate_parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
+        self._bodies: _Bodies | None = None
+        self._target = np.eye(4)
+
+    # ------------------------------------------------------------------ episode
+    def reset(self, spec: task.EpisodeSpec) -> None:
+        """Start the episode that ``spec`` describes."""
+        start = task.start_state(spec)
+        self._bodies = self._build(spec, start)
+        self.set_qpos(start.qpos)
+
+    def set_qpos(self, qpos: np.ndarray) -> None:
+        """Put the robot at ``qpos`` [9] (rad, m), at rest, and hold it there."""
+        bodies = self._scene()
+        bodies.robot.set_qpos(qpos)
+        bodies.robot.set_qvel(np.zeros(9))
+        self._drive(qpos)
+        self._target = bodies.tcp.entity_pose.to_transformation_matrix().astype(np.float64)
+
+    def place(self, body: str, position: np.ndarray, quat: np.ndarray | None = None) -> None:
+        """Put the cube or plate at ``position`` [3] (m) with orientation ``quat`` [4] (wxyz, default upright), at rest."""
+        component = {"cube": self._scene().cube, "plate": self._scene().plate}[body]
+        component.entity_pose = sapien.Pose(position, (1, 0, 0, 0) if quat is None else quat)
+        component.set_linear_velocity(np.zeros(3))
+        component.set_angular_velocity(np.zeros(3))
+
+    def step(self, action: np.ndarray) -> None:
+        """Execute one control step of ``action`` [action_dim] in control units (m, rad; gripper in [-1, 1]).
+
+        Raises:
+            SimulationError: the action is not finite, or the physics diverged.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if not np.isfinite(action).all():
+            raise SimulationError(f"action {action} is not finite; the policy diverged")
+        self._drive(self._joint_targets(action))
+        system = self._scene().system
+        for _ in range(self._substeps):
+            system.step()
+        if not np.isfinite(self.qpos()).all():
+            raise SimulationError("the robot's joints are not finite: the physics diverged; raise sim_hz")
+
+    def _joint_targets(self, action: np.ndarray) -> np.ndarray:
+        qpos = self.qpos().astype(np.float64)
+        arm = self._arm_targets(action[:-1], qpos)
+        finger = fr3.GRIPPER_LOWER + (np.clip(action[-1], -1, 1) + 1) / 2 * (fr3.GRIPPER_UPPER - fr3.GRIPPER_LOWER)
+        return np.concatenate([arm, [finger, finger]])
+
+    def _arm_targets(self, command: np.ndarray, qpos: np.ndarray) -> np.ndarray:
+        mode = self.settings.control_mode
+        if mode == "pd_joint_pos":
+            return command
+        if mode == "pd_joint_delta_pos":
+            return qpos[:7] + command
+        if mode == "pd_ee_delta_pose":
+            self._target = self.tcp().astype(np.float64)
+        # root_translation:root_aligned_body_rotation, as in ManiSkill: p += dp, R = Rx Ry Rz R, in base axes.
+        self._target[:3, 3] += command[:3]
+        self._target[:3, :3] = euler_xyz(command[3:]) @ self._target[:3, :3]
+        solution = self._kinematics.solve(self._target, qpos)
+        return qpos[:7] if solution is None else solution
+
+    def _drive(self, targets: np.ndarray) -> None:
+        for joint, target in zip(self._scene().joints, targets, strict=True):
+            joint.set_drive_target(target)
+
+    # ------------------------------------------------------------------ state
+    def qpos(self) -> np.ndarray:
+        """Float32 [9]: joints (rad), fingers (m)."""
+        return self._scene().robot.get_qpos()
+
+    def qvel(self) -> np.ndarray:
+        """Float32 [9]: rad/s, m/s."""
+        return self._scene().robot.get_qvel()
+
+    def tcp(self) -> np.ndarray:
+        """base_from_tcp, float32 [4, 4]."""
+        return self._scene().tcp.entity_pose.to_transformation_matrix()
+
+    def body_poses(self) -> np.ndarray:
+        """world_from_body of :data:`gsrl_core.sim.task.BODIES`, float32 [M, 4, 4]."""
+        return np.stack([body.entity_pose.to_transformation_matrix() for body in self._scene().visible])
+
+    def velocities(self) -> np.ndarray:
+        """Float32 [2, 6]: cube then plate, linear (m/s) and angular (rad/s)."""
+        bodies = self._scene()
+        return np.stack([np.concatenate([b.linear_velocity, b.angular_velocity]) for b in (bodies.cube, bodies.plate)])
+
+    def verdict(self) -> task.Verdict:
+        """Success and its parts, now."""
+        bodies = self._scene()
+        on_plate, elsewhere = self._cube_contacts()
+        cube, plate = bodies.cube, bodies.plate
+        return task.judge(
+            task.ObjectState(
+                cube_position=cube.entity_pose.p,
+                plate_position=plate.entity_pose.p,
+                plate_up=plate.entity_pose.to_transformation_matrix()[:3, 2],
+                cube_speed=float(np.linalg.norm(cube.linear_velocity)),
+                cube_spin=float(np.linalg.norm(cube.angular_velocity)),
+                cube_on_plate=on_plate,
+                cube_elsewhere=elsewhere,
+            )
+        )
+
+    def _cube_contacts(self) -> tuple[bool, bool]:
+        bodies = self._scene()
+        on_plate = elsewhere = False
+        for contact in bodies.system.get_contacts():
+            if bodies.cube not in contact.bodies:
+                continue
+            # Points within the contact offset are listed too; only those that transmit force touch.
+            if not any(np.any(point.impulse) for point in contact.points):
+                continue
+            if bodies.plate in contact.bodies:
+                on_plate = True
+            else:
+                elsewhere = True
+        return on_plate, elsewhere
+
+    def _scene(self) -> _Bodies:
+        if self._bodies is None:
+            raise SimulationError("the environment has no episode yet; call reset first")
+        return self._bodies
+
+    # ------------------------------------------------------------------ building
+    def _build(self, spec: task.EpisodeSpec, start: task.StartState) -> _Bodies:
+        configure_physx(self.settings.solver_iterations)
+        system = physx.PhysxCpuSystem()
+        system.timestep = 1.0 / self.settings.sim_hz
+        scene = sapien.Scene([system])
+        self._robot_builder.set_scene(scene)
+        robot = self._robot_builder.build(fix_root_link=True)
+        joints = robot.get_active_joints()
+        for joint in joints:
+            joint.set_drive_properties(fr3.STIFFNESS, fr3.DAMPING, force_limit=fr3.FORCE_LIMIT, mode="force")
+            joint.set_friction(0.0)
+        links = {link.name: link for link in robot.get_links()}
+        for name in fr3.FINGER_LINKS:
+            _make_grippy(links[name], fr3.FINGER_FRICTION * spec.friction_scale)
+        scene.add_entity(_table())
+        friction = task.OBJECT_FRICTION * spec.friction_scale
+        material = physx.PhysxMaterial(friction, friction, 0.0)
+        cube = _dynamic("cube", [physx.PhysxCollisionShapeBox([props.CUBE_HALF] * 3, material)])
+        plate = _dynamic("plate", plate_shapes(self._plate_parts, material))
+        for entity, position in ((cube, start.cube), (plate, start.plate)):
+            entity.pose = sapien.Pose(position)
+            scene.add_entity(entity)
+        objects = [entity.find_component_by_type(physx.PhysxRigidDynamicComponent) for entity in (cube, plate)]
+        visible = [links[name] for name in fr3.LINKS] + objects
+        return _Bodies(system, scene, robot, joints, visible, links[fr3.TCP_LINK], *objects)
+
+
+def configure_physx(solver_iterations: int) -> None:
+    """Set the process-wide defaults that new shapes, bodies and scenes take (ManiSkill sets its own in between)."""
+    physx.set_shape_config(contact_offset=task.CONTACT_OFFSET, rest_offset=0.0)
+    physx.set_body_config(
+        solver_position_iterations=solver_iterations,
+        solver_velocity_iterations=task.SOLVER_VELOCITY_ITERATIONS,
+        sleep_threshold=task.SLEEP_THRESHOLD,
+    )
+    physx.set_scene_config(
+        gravity=np.array([0.0, 0.0, -9.81]),
+        bounce_threshold=task.BOUNCE_THRESHOLD,
+        enable_pcm=True,
+        enable_tgs=True,
+        enable_ccd=False,
+        enable_enhanced_determinism=False,
+        enable_friction_every_iteration=True,
+        cpu_workers=0,
+    )
+    physx.set_default_material(task.TABLE_FRICTION, task.TABLE_FRICTION, 0.0)
+
+
+def plate_shapes(parts: list[np.ndarray], material: physx.PhysxMaterial) -> list[physx.PhysxCollisionShapeConvexMesh]:
+    """The plate's convex pieces from their vertices [V, 3] (m)."""
+    return [physx.PhysxCollisionShapeConvexMesh(vertices=part, scale=[1, 1, 1], material=material) for part in parts]
+
+
+def object_inertia(name: str) -> tuple[float, sapien.Pose, np.ndarray]:
+    """Mass (kg), centre of mass in the body frame and principal moments [3] (kg m^2) of the cube or the plate."""
+    mass = task.OBJECT_MASS
+    if name == "cube":
+        return mass, sapien.Pose(), np.full(3, mass * (2 * props.CUBE_HALF) ** 2 / 6)
+    disc = mass * props.PLATE_RADIUS**2
+    return mass, sapien.Pose([0, 0, task.PLATE_MASS_HEIGHT - props.PLATE_ORIGIN_HEIGHT]), disc / np.array([4, 4, 2])
+
+
+def prepare_shape(shape: physx.PhysxCollisionShape) -> None:
+    """Contact settings of the cube's and plate's shapes."""
+    shape.contact_offset = task.OBJECT_CONTACT_OFFSET
+    shape.patch_radius = shape.min_patch_radius = task.OBJECT_PATCH_RADIUS
+
+
+def euler_xyz(angles: np.ndarray) -> np.ndarray:
+    """Rx(a) Ry(b) Rz(c), [3, 3], of angles [3] (rad): ManiSkill's "XYZ" convention."""
+    (ca, cb, cc), (sa, sb, sc) = np.cos(angles), np.sin(angles)
+    return np.array(
+        [
+            [cb * cc, -cb * sc, sb],
+            [ca * sc + sa * sb * cc, ca * cc - sa * sb * sc, -sa * cb],
+            [sa * sc - ca * sb * cc, sa * cc + ca * sb * sc, ca * cb],
+        ]
+    )
+
+
+def _dynamic(name: str, shapes: list[physx.PhysxCollisionShape]) -> sapien.Entity:
+    component = physx.PhysxRigidDynamicComponent()
+    for shape in shapes:
+        prepare_shape(shape)
+        component.attach(shape)
+    component.mass, component.cmass_local_pose, component.inertia = object_inertia(name)
+    component.name = name
+    entity = sapien.Entity()
+    entity.name = name
+    entity.add_component(component)
+    return entity
+
+
+def _table() -> sapien.Entity:
+    component = physx.PhysxRigidStaticComponent()
+    shape = physx.PhysxCollisionShapePlane(material=physx.get_default_material())
+    shape.local_pose = sapien.Pose(q=TABLE_QUAT)
+    component.attach(shape)
+    component.name = "table"
+    entity = sapien.Entity()
+    entity.name = "table"
+    entity.add_component(component)
+    return entity
+
+
+def _make_grippy(link: physx.PhysxArticulationLinkComponent, friction: float) -> None:
+    material = physx.PhysxMaterial(friction, friction, 0.0)
+    for shape in link.collision_shapes:
+        shape.physical_material = material
+        shape.patch_radius = shape.min_patch_radius = fr3.FINGER_PATCH_RADIUS
