@@ -34,26 +34,25 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """torch.distributed between ``world_size`` processes: NCCL for CUDA tensors where given, Gloo otherwise."""
+    """torch.distributed between ``world_size`` processes: NCCL for CUDA tensors if asked for, Gloo otherwise."""
 
-    def __init__(self, rank: int, world_size: int, address: str, *, cuda: bool, timeout_s: float = 600.0) -> None:
+    def __init__(self, rank: int, world_size: int, address: str, *, nccl: bool, timeout_s: float = 600.0) -> None:
         """Join the group; blocks until all have.
 
         Args:
             rank: of this process, from 0.
             world_size: processes that will join.
             address: ``host:port`` of rank 0, from :func:`free_address`.
-            cuda: gradients live on a GPU (one process per GPU).
+            nccl: gradients live on GPUs, and no two processes share one.
             timeout_s: after which a missing partner is an error.
 
         Raises:
             WorkerError: the group did not form.
         """
         self.rank, self.world_size = rank, world_size
-        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         try:
             distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                "cpu:gloo,cuda:nccl" if nccl else "gloo",
                 init_method=f"tcp://{address}",
                 rank=rank,
                 world_size=world_size,

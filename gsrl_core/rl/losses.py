@@ -64,7 +64,7 @@ def value_loss(
     value_clip: float,
     huber_delta: float,
 ) -> Float[Tensor, " N"]:
-    """The worse of the huber losses of V and of V limited to V_old ± ``value_clip`` (PPO2's clipped value objective)."""
+    """The worse of the huber losses of V and of V limited to V_old ± ``value_clip`` (PPO2's clipped objective)."""
     limited = old_value + (value - old_value).clamp(-value_clip, value_clip)
     return torch.maximum(huber(value - returns, huber_delta), huber(limited - returns, huber_delta))
 

@@ -64,6 +64,9 @@ class Rollout:
         return rows
 
 
+_GRIDS = tuple(field.name for field in fields(Rollout) if field.name not in ("chain", "position"))
+
+
 @dataclass(frozen=True)
 class EpisodeStats:
     """One row per episode."""
@@ -113,7 +116,7 @@ def collect(
                 first += env.num_envs
             _play(stages, threads, max_chunks)
             batches.extend(stage.finish() for stage in stages)
-    return concatenate([rollout for rollout, _ in batches]), _join_stats([stats for _, stats in batches])
+    return concatenate([rollout for rollout, _ in batches]), join_stats([stats for _, stats in batches])
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
@@ -121,9 +124,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     length = max(len(rollout.valid) for rollout in rollouts)
     width = sum(rollout.valid.shape[1] for rollout in rollouts)
     grids = {
-        field.name: torch.cat([_padded(getattr(rollout, field.name), length) for rollout in rollouts], dim=1)
-        for field in fields(Rollout)
-        if field.name not in ("chain", "position")
+        name: torch.cat([_padded(getattr(rollout, name), length) for rollout in rollouts], dim=1) for name in _GRIDS
     }
     positions, first = [], 0
     for rollout in rollouts:
@@ -135,11 +136,25 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(**grids, chain=chain, position=torch.cat(positions))
 
 
+def split(rollout: Rollout, parts: int) -> list[Rollout]:
+    """The inverse of :func:`concatenate`: ``parts`` groups of neighbouring episodes, sizes differing by at most one."""
+    pieces = []
+    t, b = rollout.position // rollout.valid.shape[1], rollout.position % rollout.valid.shape[1]
+    for columns in torch.arange(rollout.valid.shape[1]).tensor_split(parts):
+        first, width = int(columns[0]), len(columns)
+        own = (b >= first) & (b < first + width)
+        grids = {name: getattr(rollout, name)[:, first : first + width] for name in _GRIDS}
+        chain = (rollout.chain_rows(own.nonzero().squeeze(1)),)
+        pieces.append(Rollout(**grids, chain=chain, position=t[own] * width + b[own] - first))
+    return pieces
+
+
 def _padded(grid: Tensor, length: int) -> Tensor:
     return torch.cat([grid, grid.new_zeros(length - len(grid), grid.shape[1])])
 
 
-def _join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
+def join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
+    """Row after row."""
     return EpisodeStats(
         seeds=tuple(seed for part in parts for seed in part.seeds),
         success=torch.cat([part.success for part in parts]),

@@ -1,7 +1,10 @@
 """A small environment and policy whose optimum is known, for tests of learning (nothing here is physics)."""
 
 import math
+import os
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ class ReachEnv:
 
     def __init__(self, num_envs, max_episode_steps=8, fail_at=None):
         self.num_envs, self.max_episode_steps, self.fail_at = num_envs, max_episode_steps, fail_at
-        self.calls = 0
+        self.calls, self.die_at, self.token = 0, None, ""
         self.threads = set()
 
     def reset(self, seeds):
@@ -32,6 +35,9 @@ class ReachEnv:
     def step_chunk(self, actions):
         self.threads.add(threading.current_thread().name)
         self.calls += 1
+        if self.calls == self.die_at and not Path(self.token).exists():
+            Path(self.token).touch()
+            os._exit(1)
         reward, executed = torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.int64)
         for h in range(actions.shape[1]):
             running = ~self.success & (self.steps < self.max_episode_steps)
@@ -101,3 +107,24 @@ class GaussianPolicy(nn.Module):
 
     def state_dict_trainable(self):
         return self.state_dict()
+
+
+@dataclass(frozen=True)
+class ToyEmbodiment:
+    """Implements gsrl_core.embodiment.Embodiment. ``die_at``: the env process kills itself once at that call."""
+
+    episode_steps: int = 8
+    die_at: int | None = None
+    token: str = ""
+
+    def make_policy(self, device):
+        return GaussianPolicy(std=0.5).to(device)
+
+    def make_env(self, num_envs, device, perturbation=None):
+        env = ReachEnv(num_envs, self.episode_steps)
+        if self.die_at is not None and self.token and not Path(self.token).exists():
+            env.die_at, env.token = self.die_at, self.token
+        return env
+
+    def save_policy(self, policy, folder):
+        torch.save(policy.state_dict(), folder / "policy.pt")

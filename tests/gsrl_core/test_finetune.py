@@ -1,0 +1,136 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gsrl_core import config as configuration
+from gsrl_core.artifacts import write_json
+from gsrl_core.errors import ConfigError, PlacementError, TrainingError
+from gsrl_core.finetune import finetune
+from gsrl_core.interfaces import NullReporter
+
+sys.path.insert(0, str(Path(__file__).parent / "rl"))
+from toy import ToyEmbodiment
+
+OVERRIDES = {
+    "sim.num_envs": 16, "sim.max_episode_steps": 8, "policy.action_chunk": 2, "ppo.iterations": 4,
+    "ppo.rollout_epochs": 2, "ppo.global_batch": 64, "ppo.micro_batch": 64, "ppo.checkpoint_every": 2,
+    "ppo.learning_rate": 3e-3, "ppo.value_learning_rate": 1e-2,
+}  # fmt: skip
+
+
+class Recorder(NullReporter):
+    def __init__(self, stop_after=None):
+        self.steps, self.fractions, self.stop_after = [], [], stop_after
+
+    def metrics(self, values, step):
+        self.steps.append(step)
+        if step == self.stop_after:
+            raise KeyboardInterrupt
+
+    def progress(self, fraction, message):
+        self.fractions.append(fraction)
+
+
+def run(folder, reporter=None, embodiment=None, workspace="work", **overrides):
+    """Fine-tune the toy; keyword ppo__iterations=2 stands for the key ppo.iterations."""
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = configuration.load("laptop", OVERRIDES | keys)
+    inputs = [folder.parent / "start", folder.parent / "scene"]
+    out = folder / "out"
+    facts = finetune(
+        *inputs, out, folder / workspace, config, reporter or NullReporter(), embodiment=embodiment or ToyEmbodiment()
+    )
+    history = json.loads((out / "training.json").read_text())["history"]
+    return facts, history, torch.load(out / "policy.pt")
+
+
+def timeless(history):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in history]
+
+
+def test_a_run_leaves_policy_history_curve_and_events(tmp_path):
+    reporter = Recorder()
+    facts, history, _ = run(tmp_path / "a", reporter, ppo__eval_every=2)
+    assert facts["iterations"] == 4 and facts["episodes"] == 4 * 2 * 16
+    assert reporter.steps == [1, 2, 3, 4] and reporter.fractions[-1] == 1
+    for name in ("actor/loss", "actor/value_loss", "actor/grad_norm", "actor/approx_kl", "actor/pg_clipfrac",
+                 "actor/value_clip_ratio", "rollout/returns_mean", "rollout/advantages_mean", "env/episode_len",
+                 "env/success_once", "time/step"):  # fmt: skip
+        assert all(name in row for row in history)
+    assert ["eval/success_once" in row for row in history] == [False, True, False, True]
+    out = tmp_path / "a" / "out"
+    assert (out / "learning_curve.png").stat().st_size > 1000
+    assert len((out / "training.csv").read_text().splitlines()) == 5
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("env/success_once")]
+    assert written == pytest.approx([row["env/success_once"] for row in history])
+
+
+def test_a_killed_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path):
+    _, whole, weights = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", Recorder(stop_after=3))  # after the checkpoint of iteration 2
+    reporter = Recorder()
+    _, resumed, resumed_weights = run(tmp_path / "killed", reporter)
+    assert reporter.steps == [3, 4]
+    assert timeless(resumed) == timeless(whole)
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_more_iterations_continue_a_finished_run(tmp_path):
+    run(tmp_path / "a", ppo__iterations=2)
+    _, history, _ = run(tmp_path / "a", ppo__iterations=3)
+    _, direct, _ = run(tmp_path / "b", ppo__iterations=3)
+    assert timeless(history) == timeless(direct)
+
+
+def test_a_workspace_of_other_settings_or_a_broken_one_is_refused(tmp_path):
+    run(tmp_path / "a", ppo__iterations=2)
+    with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):
+        run(tmp_path / "a", ppo__learning_rate=1e-3)
+    with pytest.raises(TrainingError, match="already at iteration 2"):
+        run(tmp_path / "a", ppo__iterations=1)
+    (tmp_path / "start").mkdir()
+    write_json(tmp_path / "start" / "config.json", {})
+    with pytest.raises(TrainingError, match="another checkpoint"):
+        run(tmp_path / "a")
+    (tmp_path / "a" / "work" / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(TrainingError, match=r"checkpoint.pt cannot be read.*delete it"):
+        run(tmp_path / "a")
+
+
+def test_training_never_touches_evaluation_seeds(tmp_path):
+    with pytest.raises(ConfigError, match="overlap training seeds"):
+        run(tmp_path / "a", evaluation__seed=142_000_000)
+    with pytest.raises(ConfigError, match="overlap validation seeds"):
+        run(tmp_path / "a", evaluation__seed=90_000_000 - 10)
+
+
+def test_pipeline_stages_train_too_and_local_runs_refuse_several_processes(tmp_path):
+    facts, _, _ = run(tmp_path / "a", cluster__pipeline_stage_num=2)
+    assert facts["iterations"] == 4
+    with pytest.raises(PlacementError, match="'local' is one process"):
+        run(tmp_path / "b", cluster__component_placement={"env,rollout,actor": "0:0-1"})
+
+
+def test_two_ray_actors_learn_together_and_a_dead_collector_is_replaced(tmp_path):
+    ray = {"cluster__runtime": "ray", "ppo__iterations": 2}
+    _, together, _ = run(tmp_path / "a", cluster__component_placement={"env,rollout,actor": "0:0-1"}, **ray)
+    split = {"env,rollout": "0:0-1", "actor": "0:0-1"}
+    # Same seeds, noise and shards, but other processes: the weights that arrive must be those that were learned.
+    _, apart, weights = run(tmp_path / "b", cluster__component_placement={**split, "actor": "0:0-1"}, **ray)
+    for ours, theirs in zip(timeless(apart), timeless(together), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    token = str(tmp_path / "died")
+    dying = ToyEmbodiment(die_at=3, token=token)
+    _, healed, healed_weights = run(
+        tmp_path / "c", embodiment=dying, cluster__component_placement={"env,rollout": "0", "actor": "0:0-1"}, **ray
+    )
+    assert Path(token).exists() and len(healed) == 2
+    assert all(value.isfinite().all() for value in healed_weights.values()) and weights.keys() == healed_weights.keys()
