@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gsrl_core import hub_local
 from gsrl_core.artifacts import Artifact, Store, digest_file, digest_folder
-from gsrl_core.errors import HubError
+from gsrl_core.errors import CaptureError, HubError
 
 if TYPE_CHECKING:  # interfaces imports torch, which fetching does not need
     from gsrl_core.interfaces import Reporter
@@ -96,6 +96,49 @@ def fetch_dataset(reference: str, revision: str, store: Store, reporter: Reporte
     return _fetch(source, "dataset", "dataset", None, store, reporter)
 
 
+def fetch_into(
+    source: Source, out: Path, repo_type: RepoType, sha256: str | None, store: Store, reporter: Reporter
+) -> dict[str, str]:
+    """Fill ``out`` with what :func:`resolve` found and return where it came from (facts). Raises HubError."""
+    reporter.progress(0.0, f"fetching {source.reference}")
+    if source.kind == "folder":
+        _copy(Path(source.reference).expanduser(), out, link=False)
+    else:
+        _copy(_snapshot(source, repo_type, store, reporter), out, link=True)
+    if sha256 is not None:
+        _check_weights(out / "model.safetensors", sha256, source)
+    reporter.progress(1.0, f"fetched {source.reference}")
+    return {"reference": source.reference, "revision": source.identity}
+
+
+def locate_capture(reference: str) -> Path:
+    """The folder or video behind ``assets.capture`` (``bundled`` is the tabletop that ships).
+
+    Raises:
+        CaptureError: no such file, or an empty folder.
+    """
+    source = bundled_folder(f"{_BUNDLED}capture_tabletop") if reference == "bundled" else Path(reference).expanduser()
+    if not source.exists():
+        raise CaptureError(f"there is no capture {reference}; give a folder of photos, a video file, or 'bundled'")
+    if source.is_dir() and not any(path.is_file() for path in source.rglob("*")):
+        raise CaptureError(f"the capture {source} is empty; put photos (JPEG or PNG) into it")
+    return source
+
+
+def copy_capture(source: Path, out: Path) -> int:
+    """Copy photos, or one video, into ``out``; returns the number of files."""
+    if source.is_file():
+        shutil.copyfile(source, out / source.name)
+    else:
+        _copy(source, out, link=False)
+    return sum(path.is_file() for path in out.rglob("*"))
+
+
+def digest_path(path: Path) -> str:
+    """Digest of a folder's content or of a file."""
+    return digest_folder(path) if path.is_dir() else digest_file(path)
+
+
 def bundled_folder(reference: str) -> Path:
     """The folder behind ``bundled:<name>``. Raises HubError with the names that exist."""
     root = Path(__file__).parent / "bundled"
@@ -109,17 +152,9 @@ def bundled_folder(reference: str) -> Path:
 def _fetch(
     source: Source, kind: str, repo_type: RepoType, sha256: str | None, store: Store, reporter: Reporter
 ) -> Artifact:
-    reporter.progress(0.0, f"fetching {source.reference}")
     with store.building(kind) as folder:
-        if source.kind == "folder":
-            _copy(Path(source.reference).expanduser(), folder, link=False)
-        else:
-            _copy(_snapshot(source, repo_type, store, reporter), folder, link=True)
-        if sha256 is not None:
-            _check_weights(folder / "model.safetensors", sha256, source)
-        artifact = store.commit(kind, folder, {"reference": source.reference, "revision": source.identity})
-    reporter.progress(1.0, f"fetched {source.reference}")
-    return artifact
+        facts = fetch_into(source, folder, repo_type, sha256, store, reporter)
+        return store.commit(kind, folder, facts)
 
 
 def _snapshot(source: Source, repo_type: RepoType, store: Store, reporter: Reporter) -> Path:

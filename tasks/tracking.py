@@ -44,7 +44,7 @@ def begin_pipeline(config: PipelineConfig, name: str, flow_run_id: str) -> str:
     tags = {
         "prefect.flow_run_id": flow_run_id,
         "gsrl.config_sha": _config_sha(config),
-        "git.commit": _git_commit(),
+        "git.commit": git_commit(),
         "gsrl.owner": _owner(),
     }
     client = _client()
@@ -53,20 +53,22 @@ def begin_pipeline(config: PipelineConfig, name: str, flow_run_id: str) -> str:
     return client.create_run(experiment, tags=tags, run_name=name).info.run_id
 
 
-def end_pipeline(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], *, failed: bool) -> None:
-    """Close the parent run with its summary numbers."""
+def summarise(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    """Write the pipeline's numbers and texts to its parent run."""
     client = _client()
     for key, value in metrics.items():
         client.log_metric(run_id, key, value)
     for key, value in tags.items():
         client.set_tag(run_id, key, value)
-    client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def end_pipeline(run_id: str, *, failed: bool) -> None:
+    """Close the parent run."""
+    _client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
 @contextmanager
-def stage_run(
-    parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str
-) -> Iterator[StageRun]:
+def stage_run(parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str) -> Iterator[StageRun]:
     """A child run for one executed stage; marked FAILED when the block raises, KILLED when it is interrupted."""
     run = _open_child(parent_run_id, stage, {"gsrl.stage_key": key, "gsrl.cached": "false"})
     try:
@@ -81,9 +83,7 @@ def stage_run(
     run.close("FINISHED", {})
 
 
-def cached_stage(
-    parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str, artifact: Artifact
-) -> None:
+def cached_stage(parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str, artifact: Artifact) -> None:
     """A child run for a stage that was not executed, so that pipelines can be compared stage by stage."""
     run = _open_child(parent_run_id, stage, {"gsrl.stage_key": key, "gsrl.cached": "true"})
     run.params(_flattened(sections))
@@ -139,8 +139,8 @@ class StageRun:
         self._client.set_terminated(self.run_id, status)
 
 
-def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[str, float]) -> str:
-    """Register a verified package as a version of model ``name`` and return the version.
+def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[str, float]) -> tuple[str, bool]:
+    """Register a verified package as a version of model ``name``; returns the version and whether it is new.
 
     The package stays in the store: MLflow gets an external model that points to it. The same package is registered
     once; registering it again returns the version that exists.
@@ -156,7 +156,7 @@ def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[
             raise
     for version in client.search_model_versions(f"name='{name}'"):
         if version.tags.get("gsrl.sha256") == package.sha256 and version.status == "READY":
-            return str(version.version)
+            return str(version.version), False
     experiment = client.get_run(parent_run_id).info.experiment_id
     tags = {"gsrl.sha256": package.sha256, "gsrl.path": str(package.path)}
     model = client.create_logged_model(
@@ -169,7 +169,7 @@ def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[
     version = client.create_model_version(
         name, package.path.as_uri(), run_id=parent_run_id, tags=tags, model_id=model.model_id
     )
-    return str(version.version)
+    return str(version.version), True
 
 
 def alias(name: str, label: str) -> str | None:
@@ -228,6 +228,7 @@ def _client_for(uri: str) -> MlflowClient:
 
 
 def _client() -> MlflowClient:
+    gsrl_home().mkdir(parents=True, exist_ok=True)
     return _client_for(tracking_uri())
 
 
@@ -261,7 +262,7 @@ def _config_sha(config: PipelineConfig) -> str:
 
 
 @cache
-def _git_commit() -> str:
+def git_commit() -> str:
     """The commit of this checkout, with ``-dirty`` when files differ; ``unknown`` for an installed wheel."""
     folder = Path(__file__).parent
     try:

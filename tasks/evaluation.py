@@ -1,0 +1,68 @@
+"""The sweep over seeds and perturbations, and the gate that reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+
+from gsrl_core.artifacts import Artifact
+from gsrl_core.config import PipelineConfig
+from gsrl_core.errors import GateError
+from tasks import options
+from tasks.stage import Build, Stage, run_stage
+
+SWEEP = Stage(
+    "sweep",
+    "evaluation",
+    sections=("sim", "policy", "evaluation"),
+    modules=("gsrl_core.evaluate",),
+    attachments=("report.json", "*.md", "*.csv", "videos/*.mp4"),
+    uses_gpu=True,
+)
+
+
+@task(name="evaluate", task_run_name="{label}", **options.STAGE)
+def evaluate(config: PipelineConfig, checkpoint: Artifact, scene: Artifact, label: str, parent_run_id: str) -> Artifact:
+    """Success rates of a checkpoint, with intervals, over the same fixed seeds for every checkpoint."""
+    inputs = {"checkpoint": checkpoint, "scene": scene}
+    result = run_stage(SWEEP, config, inputs, _evaluate, parent_run_id, label=label)
+    artifact = result if isinstance(result, Artifact) else result.data
+    create_table_artifact(_rows(artifact), key=f"{label}-table", description=f"Success rates, {label}")
+    return result
+
+
+def require_success(evaluation: Artifact, minimum: float) -> None:
+    """The gate before release: the lower bound of nominal success must reach ``minimum``.
+
+    Raises:
+        GateError: it does not; says the numbers and what helps.
+    """
+    facts = evaluation.facts
+    if facts["success_low"] < minimum:
+        raise GateError(
+            f"nominal success is {facts['success_rate']:.1%} with lower bound {facts['success_low']:.1%} over "
+            f"{facts['episodes']} episodes, below release.minimum_success = {minimum:.1%}; train longer "
+            "(ppo.iterations), evaluate more episodes for a tighter interval (evaluation.episodes), or lower it"
+        )
+
+
+def _evaluate(build: Build) -> dict[str, Any]:
+    from gsrl_core.evaluate import evaluate as driver
+
+    report = driver(build.inputs["checkpoint"], build.inputs["scene"], build.out, build.config, build.reporter)
+    nominal = report.nominal
+    return {
+        "success_rate": nominal.rate,
+        "success_low": nominal.low,
+        "success_high": nominal.high,
+        "successes": nominal.successes,
+        "episodes": nominal.episodes,
+        "success_seed_rate": nominal.seed_rate,
+    }
+
+
+def _rows(evaluation: Artifact) -> list[dict[str, Any]]:
+    return json.loads((evaluation.path / "report.json").read_text())["cells"]

@@ -1,0 +1,26 @@
+"""The starting checkpoint."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from gsrl_core import hub
+from gsrl_core.artifacts import Artifact, Store
+from gsrl_core.config import PipelineConfig
+from tasks import options
+from tasks.stage import Build, Stage, run_stage
+
+CHECKPOINT = Stage("policy", "checkpoint")
+
+
+@task(name="fetch-checkpoint", **options.FETCH)
+def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Artifact:
+    """The SFT checkpoint from the hub, a mirror, a folder, or what ships with the project."""
+    policy, store = config.policy, Store()
+    source = hub.resolve(policy.checkpoint, policy.revision, store)
+
+    def body(build: Build) -> dict[str, str]:
+        return hub.fetch_into(source, build.out, "model", policy.sha256, store, build.reporter)
+
+    identity = {"source": f"{source.kind}:{source.reference}:{source.identity}", "sha256": policy.sha256 or ""}
+    return run_stage(CHECKPOINT, config, {}, body, parent_run_id, identity=identity)

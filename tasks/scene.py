@@ -1,0 +1,86 @@
+"""Photos to the scene that simulation draws."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from gsrl_core.artifacts import Artifact
+from gsrl_core.config import PipelineConfig
+from gsrl_core.errors import GateError
+from tasks import options
+from tasks.reporting import show_picture
+from tasks.stage import Build, Stage, run_stage
+
+RECONSTRUCTION = Stage(
+    "reconstruct",
+    "reconstruction",
+    sections=("capture", "fit"),
+    modules=("gsrl_core.reconstruct",),
+    attachments=("quality.json", "photo_render.png"),
+    uses_gpu=True,
+)
+SCENE = Stage("assemble", "scene", modules=("gsrl_core.assemble",))
+
+_RESUMABLE = ".work"
+_VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
+
+
+@task(name="reconstruct", **options.STAGE)
+def reconstruct(config: PipelineConfig, capture: Artifact, parent_run_id: str) -> Artifact:
+    """Cameras and a metric 3D Gaussian model of the bench, with its measured quality."""
+    result = run_stage(RECONSTRUCTION, config, {"capture": capture}, _reconstruct, parent_run_id)
+    artifact = result if isinstance(result, Artifact) else result.data
+    show_picture("photo-render", artifact.path / "photo_render.png", "Photo beside render, held-out view")
+    return result
+
+
+@task(name="assemble-scene", **options.STAGE)
+def assemble_scene(
+    config: PipelineConfig, reconstruction: Artifact, gsenv: Artifact | None, parent_run_id: str
+) -> Artifact:
+    """The bench with robot, cube and plate as bodies."""
+    inputs = {"reconstruction": reconstruction} | ({"gsenv": gsenv} if gsenv else {})
+    return run_stage(SCENE, config, inputs, _assemble, parent_run_id)
+
+
+def require_quality(reconstruction: Artifact) -> None:
+    """The gate after reconstruction.
+
+    Raises:
+        GateError: a measured value misses its threshold; says which, by how much, and what helps.
+    """
+    gates = json.loads((reconstruction.path / "quality.json").read_text())["gates"]
+    failed = [gate for gate in gates if not gate["passed"]]
+    if failed:
+        raise GateError(
+            "the reconstruction is not good enough: "
+            + "; ".join(f"{g['name']} is {g['value']} (needs {g['threshold']}): {g['advice']}" for g in failed)
+        )
+
+
+def _reconstruct(build: Build) -> dict[str, Any]:
+    from gsrl_core.reconstruct import reconstruct as driver
+
+    # The driver resumes from a folder inside its output, which therefore lies in the workspace until it is done.
+    draft = build.workspace / "draft"
+    quality = driver(_photos(build.inputs["capture"]), draft, build.config.capture, build.config.fit, build.reporter)
+    shutil.copytree(draft, build.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RESUMABLE))
+    return {key: quality[key] for key in ("psnr", "ssim", "registered", "total", "gaussians", "reprojection_px")}
+
+
+def _photos(capture: Path) -> Path:
+    """The folder of photos, or the file when the capture is one video."""
+    files = [path for path in capture.rglob("*") if path.is_file()]
+    return files[0] if len(files) == 1 and files[0].suffix.lower() in _VIDEO else capture
+
+
+def _assemble(build: Build) -> dict[str, Any]:
+    from gsrl_core.assemble import assemble_scene as driver
+
+    scene = driver(build.inputs["reconstruction"] / "scene.ply", build.out, gsenv=build.inputs.get("gsenv"))
+    return {"gaussians": len(scene.body), "bodies": len(scene.names)}
