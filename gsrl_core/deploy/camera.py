@@ -51,6 +51,17 @@ class CameraCalibration:
             contract.width, contract.height, np.array(contract.K), np.array(contract.base_from_camera)
         )
 
+    def resized(self, width: int, height: int) -> CameraCalibration:
+        """The calibration of the same pictures reduced to ``width`` x ``height``; SafetyError if the shape changes."""
+        factors = (width / self.width, height / self.height)
+        if max(factors) > 1.0 or abs(factors[0] - factors[1]) > 0.01 * factors[0]:
+            raise SafetyError(
+                f"pictures of {self.width} x {self.height} cannot be reduced to {width} x {height} without changing "
+                "their shape; choose a camera mode with the same aspect ratio"
+            )
+        K = self.K * np.array([[factors[0]], [factors[1]], [1.0]])
+        return CameraCalibration(width, height, K, self.base_from_camera)
+
     def save(self, path: Path) -> None:
         """Write a calibration file (JSON: width, height, K, base_from_camera)."""
         values = {
@@ -86,31 +97,35 @@ class RobotCamera(Protocol):
 
 
 class VideoCamera:
-    """A V4L2 / UVC device through OpenCV."""
+    """A V4L2 / UVC device through OpenCV, reduced to the size that the policy was trained on."""
 
-    def __init__(self, device: int | str, calibration: CameraCalibration) -> None:
-        """Open the device at the calibrated size. Raises SafetyError when it delivers something else."""
+    def __init__(self, device: int | str, measured: CameraCalibration, contract: CameraContract) -> None:
+        """Open the device at the measured size. Raises SafetyError when it delivers something else."""
         import cv2
 
         self._cv2 = cv2
-        self.calibration = calibration
+        self._device = device
+        self._measured = measured
+        self.calibration = measured.resized(contract.width, contract.height)
         self._capture: Any = cv2.VideoCapture(device)
-        self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, calibration.width)
-        self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, calibration.height)
+        self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, measured.width)
+        self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, measured.height)
         # Older frames in the driver's queue would be the past.
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-        self._device = device
         self.read()
 
     def read(self) -> Picture:
         """The newest picture, converted from OpenCV's BGR."""
         delivered, bgr = self._capture.read()
         stamp = time.monotonic()
-        size = (self.calibration.height, self.calibration.width, 3)
+        size = (self._measured.height, self._measured.width, 3)
         if not delivered or bgr.shape != size:
             got = bgr.shape if delivered else "no picture"
             raise SafetyError(f"camera {self._device}: got {got}, the calibration is for {size}; check device and mode")
-        return Picture(self._cv2.cvtColor(bgr, self._cv2.COLOR_BGR2RGB), stamp)
+        reduced = self._cv2.resize(
+            bgr, (self.calibration.width, self.calibration.height), interpolation=self._cv2.INTER_AREA
+        )
+        return Picture(self._cv2.cvtColor(reduced, self._cv2.COLOR_BGR2RGB), stamp)
 
     def close(self) -> None:
         """Release the device."""

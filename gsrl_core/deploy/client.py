@@ -43,7 +43,7 @@ class PolicyClient:
             self.metadata: dict[str, Any] = wire.unpack(self._received())
         except (OSError, WebSocketException) as error:
             raise WorkerError(
-                f"policy server {self._address}: {error or type(error).__name__}; is `real2sim2real serve` running there?"
+                f"policy server {self._address}: {error or type(error).__name__}; start `real2sim2real serve` there"
             ) from error
 
     def __enter__(self) -> Self:

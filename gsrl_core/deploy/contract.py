@@ -94,6 +94,8 @@ class Contract(_Closed):
     flange_from_tcp: Pose = tuple(map(tuple, FLANGE_FROM_TCP.tolist()))
     """F_T_EE, row-major 4x4."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    denoise_steps: int = Field(ge=1)
+    """Integration steps of the flow when an action is sampled."""
 
     @property
     def flange_from_tcp_array(self) -> Array:
