@@ -62,7 +62,7 @@ class Camera:
     def select(self, index: int | slice | Tensor) -> Camera:
         """The chosen cameras; a single integer keeps the leading axis (C = 1)."""
         if isinstance(index, int):
-            index = slice(index, index + 1) if index != -1 else slice(-1, None)
+            return replace(self, world_to_camera=self.world_to_camera[index][None], K=self.K[index][None])
         return replace(self, world_to_camera=self.world_to_camera[index], K=self.K[index])
 
     def to(self, device: torch.device | str) -> Camera:
