@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gsrl_core.deploy.limits import SafetyLimits
 from gsrl_core.errors import ConfigError
 
 PRESETS = ("full", "one-gpu", "cluster", "laptop")
@@ -237,6 +238,8 @@ class ReleaseConfig(Section):
     """Name of the package and of the registered model."""
     verify_robot: bool = True
     """Drive an episode through franky against the control-interface emulator as part of verification."""
+    safety: SafetyLimits = SafetyLimits()
+    """The envelope that the package carries to the robot (safety.yaml)."""
 
 
 class TrackingConfig(Section):

@@ -1,0 +1,167 @@
+"""Serving a package and driving an arm with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gsrl_core.deploy.camera import CameraCalibration, RobotCamera, VideoCamera
+from gsrl_core.deploy.child import announce, end_with_parent, running_child
+from gsrl_core.deploy.client import PolicyClient
+from gsrl_core.deploy.contract import Contract
+from gsrl_core.deploy.envelope import Envelope
+from gsrl_core.deploy.limits import SafetyLimits
+from gsrl_core.deploy.loop import EpisodeLog, run_episode
+from gsrl_core.deploy.manifest import check_manifest
+from gsrl_core.deploy.robot import FrankyRobot
+from gsrl_core.deploy.server import PolicyServer
+from gsrl_core.deploy.service import PolicyService
+from gsrl_core.errors import SafetyError
+from gsrl_core.interfaces import Policy
+
+API_KEY_VARIABLE = "GSRL_API_KEY"
+LOAD_TIMEOUT = 600.0
+
+
+def load_served_policy(folder: Path, denoise_steps: int, action_chunk: int, precision: str) -> Policy:
+    """The policy of a checkpoint folder on the first GPU, else the CPU. Raises CheckpointError."""
+    import torch
+
+    from gsrl_core.policy.checkpoint import load_policy
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_policy(
+        folder, denoise_steps=denoise_steps, action_chunk=action_chunk, precision=precision, device=device
+    )
+
+
+def open_server(bundle: Path, host: str = "127.0.0.1", port: int = 8000) -> PolicyServer:
+    """Check a package, load and warm up its policy and open the port (0: a free one); the caller serves and closes.
+
+    Raises:
+        PackageError: altered package, port taken, or reachable from outside without ``$GSRL_API_KEY``.
+        CheckpointError: broken weights.
+    """
+    manifest = check_manifest(bundle)
+    contract = Contract.load(bundle / "contract.json")
+    policy = load_served_policy(bundle, contract.denoise_steps, contract.action_chunk, contract.precision)
+    metadata = {"contract": contract.model_dump(mode="json"), "manifest_sha256": manifest}
+    return PolicyServer(PolicyService(policy, contract), metadata, host, port, os.environ.get(API_KEY_VARIABLE))
+
+
+def serve_package(
+    bundle: Path, host: str = "127.0.0.1", port: int = 8000, *, ready: Callable[[str], None] = lambda address: None
+) -> None:
+    """Serve until interrupted; ``ready`` is told the address once requests are accepted. Raises as open_server."""
+    with_server = open_server(bundle, host, port)
+    ready(f"ws://{with_server.host}:{with_server.port}")
+    try:
+        with_server.serve_forever()
+    finally:
+        with_server.shutdown()
+
+
+@contextmanager
+def serving(bundle: Path) -> Iterator[tuple[str, int]]:
+    """A server of ``bundle`` in a process of its own on a free loopback port; yields (host, port).
+
+    Raises:
+        WorkerError: it did not come up; carries its error.
+    """
+    with running_child("gsrl_core.package_run", [str(bundle.absolute())], timeout=LOAD_TIMEOUT) as announced:
+        yield "127.0.0.1", int(announced["port"])
+
+
+def deploy_package(
+    bundle: Path,
+    robot_host: str,
+    *,
+    camera: int | str | RobotCamera = 0,
+    calibration: Path | None = None,
+    server: tuple[str, int] | None = None,
+    dry_run: bool = False,
+    max_steps: int | None = None,
+    realtime: bool = True,
+    permit: Callable[[], bool] = lambda: True,
+    log_path: Path | None = None,
+) -> dict[str, Any]:
+    """Drive one episode on an arm.
+
+    Args:
+        bundle: the package.
+        robot_host: address of the robot's control interface.
+        camera: video device, or a camera object.
+        calibration: what was measured of the video device on this bench; required for one.
+        server: (host, port) of a running ``serve``; none starts one here.
+        dry_run: compute and log everything, move nothing.
+        max_steps: control steps (default: the contract's).
+        realtime: demand a real-time kernel.
+        permit: dead-man switch, asked before every setpoint.
+        log_path: where the episode is written as JSON, also when it was stopped.
+
+    Returns:
+        The summary of the episode.
+
+    Raises:
+        PackageError: package altered, or another contract on the server.
+        SafetyError: TCP, camera or calibration differ from the package, or the envelope stopped the arm.
+        WorkerError: the policy server failed.
+    """
+    check_manifest(bundle)
+    contract, limits = Contract.load(bundle / "contract.json"), SafetyLimits.load(bundle / "safety.yaml")
+    if isinstance(camera, int | str):
+        if calibration is None:
+            raise SafetyError(
+                "a camera calibration of this bench is needed (--calibration FILE, in the form of the package's "
+                "calib/camera.json): without it nobody knows whether the camera stands where the policy expects it"
+            )
+        camera = VideoCamera(camera, CameraCalibration.load(calibration), contract.camera)
+    log = EpisodeLog()
+    try:
+        with _server(bundle, server) as (host, port):
+            key = os.environ.get(API_KEY_VARIABLE)
+            with (
+                PolicyClient(host, port, api_key=key, timeout=limits.watchdog) as client,
+                FrankyRobot(robot_host, limits, realtime) as robot,
+            ):
+                client.check(contract)
+                envelope = Envelope(limits, contract, robot.q_range)
+                run_episode(
+                    robot, client, envelope, camera, contract,
+                    log=log, max_steps=max_steps, dry_run=dry_run, permit=permit,
+                )  # fmt: skip
+    finally:
+        if log_path is not None:
+            log_path.write_text(json.dumps({"summary": log.summary(), "steps": log.steps}, indent=1) + "\n")
+        if isinstance(camera, VideoCamera):
+            camera.close()
+    return log.summary()
+
+
+@contextmanager
+def _server(bundle: Path, server: tuple[str, int] | None) -> Iterator[tuple[str, int]]:
+    if server is not None:
+        yield server
+        return
+    with serving(bundle) as address:
+        yield address
+
+
+def main() -> None:
+    """Entry point of the server process that :func:`serving` starts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle", type=Path)
+    options = parser.parse_args()
+    end_with_parent()
+    server = open_server(options.bundle, port=0)
+    announce({"port": server.port})
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
