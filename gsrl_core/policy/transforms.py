@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -120,8 +121,7 @@ def _quantile(data: Tensor, q: float) -> Tensor:
 def resize_with_pad(images: Tensor, size: int) -> Tensor:
     """Fit pictures into a square, keeping their shape, with black borders (openpi's resize_with_pad).
 
-    The same as PIL's bilinear (antialiased) resize to within one level; on the CPU by torch's fixed-point kernel,
-    elsewhere in float32.
+    The same as PIL's bilinear (antialiased) resize to within one level, on any device.
 
     Args:
         images: uint8 [B, h, w, 3].
@@ -136,17 +136,27 @@ def resize_with_pad(images: Tensor, size: int) -> Tensor:
     ratio = max(width / size, height / size)
     new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    channels_first = images.permute(0, 3, 1, 2)
-    if images.device.type != "cpu":
-        channels_first = channels_first.float()
-    small = functional.interpolate(
-        channels_first, (new_height, new_width), mode="bilinear", antialias=True, align_corners=False
-    )
-    if small.dtype != torch.uint8:
-        small = small.round().clamp(0, 255).to(torch.uint8)
+    planes = images.permute(0, 3, 1, 2).contiguous().float()
+    # PIL resizes along x, rounds to bytes, then along y.
+    planes = _to_levels(planes @ _triangle_filter(width, new_width, images.device).T)
+    planes = _to_levels(_triangle_filter(height, new_height, images.device) @ planes)
     out = images.new_zeros(images.shape[0], size, size, 3)
-    out[:, top : top + new_height, left : left + new_width] = small.permute(0, 2, 3, 1)
+    out[:, top : top + new_height, left : left + new_width] = planes.permute(0, 2, 3, 1).to(torch.uint8)
     return out
+
+
+@lru_cache(maxsize=64)
+def _triangle_filter(old: int, new: int, device: torch.device) -> Tensor:
+    """PIL's antialiased bilinear weights float32 [new, old]: a triangle as wide as the reduction, rows sum to 1."""
+    scale = old / new
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * scale
+    pixel = torch.arange(old, dtype=torch.float64) + 0.5
+    weight = (1.0 - (pixel[None, :] - centre[:, None]).abs() / max(scale, 1.0)).clamp(min=0.0)
+    return (weight / weight.sum(dim=1, keepdim=True)).float().to(device)
+
+
+def _to_levels(planes: Tensor) -> Tensor:
+    return planes.add_(0.5).floor_().clamp_(0, 255)
 
 
 def to_network_range(images: Tensor) -> Tensor:
