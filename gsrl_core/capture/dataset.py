@@ -1,7 +1,7 @@
 """Posed photos, and nerfstudio's ``transforms.json`` in and out.
 
 Pixel convention everywhere: the centre of the first pixel is (0.5, 0.5), as in COLMAP, nerfstudio and gsplat, so that
-scaling an image by s multiplies the first two rows of K by s. OpenCV functions count from (0, 0): see ``opencv_intrinsics``.
+scaling an image by s multiplies the first two rows of K by s. OpenCV counts from (0, 0): see ``opencv_intrinsics``.
 """
 
 from __future__ import annotations
