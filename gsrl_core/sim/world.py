@@ -7,7 +7,6 @@ that a worker process starts in under a second.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import sapien
@@ -17,35 +16,11 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.geometry import props
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
 
 TABLE_QUAT = (np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0)
 """Turns PhysX's plane, whose normal is x, to face up."""
-CONTROL_MODES = ("pd_ee_target_delta_pose", "pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
-
-
-@dataclass(frozen=True)
-class WorldSettings:
-    """How an environment is stepped."""
-
-    urdf: Path
-    """See :func:`gsrl_core.sim.fr3.prepare_urdf`."""
-    sim_hz: int = task.SIM_HZ
-    control_hz: int = task.CONTROL_HZ
-    control_mode: str = "pd_ee_target_delta_pose"
-    solver_iterations: int = task.SOLVER_POSITION_ITERATIONS
-    """TGS position iterations per simulation step."""
-
-    def __post_init__(self) -> None:
-        if self.control_mode not in CONTROL_MODES:
-            raise SimulationError(f"control mode {self.control_mode!r}; allowed: {', '.join(CONTROL_MODES)}")
-        if self.sim_hz % self.control_hz:
-            raise SimulationError(f"sim_hz {self.sim_hz} must be a multiple of control_hz {self.control_hz}")
-
-    @property
-    def action_dim(self) -> int:
-        """Width of an action: pose delta or arm joints, then the gripper."""
-        return 7 if "ee" in self.control_mode else 8
 
 
 @dataclass

@@ -1,0 +1,80 @@
+"""The environment's cameras: fixed in the base frame or carried by a link, moved by an episode's disturbance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gsrl_core.config import CameraConfig
+from gsrl_core.errors import SimulationError
+from gsrl_core.geometry.camera import Camera, from_sapien
+from gsrl_core.geometry.rotation import rigid_inverse
+from gsrl_core.sim import task
+
+
+class CameraRig:
+    """All cameras of B environments."""
+
+    def __init__(self, configs: Sequence[CameraConfig], downscale: int) -> None:
+        """Build the rig.
+
+        Args:
+            configs: at least one camera, names distinct.
+            downscale: pictures are 1/n of the configured size, intrinsics scaled to match.
+
+        Raises:
+            SimulationError: no camera, a name twice, or a link that the robot does not have.
+        """
+        names = [config.name for config in configs]
+        if not names or len(set(names)) != len(names):
+            raise SimulationError(f"cameras {names}: at least one is needed and every name only once")
+        self._resting = {config.name: _camera(config).scaled(1 / downscale) for config in configs}
+        self._mounts = {config.name: _body(config) for config in configs if config.link is not None}
+
+    @property
+    def first(self) -> str:
+        """Name of the camera that videos show."""
+        return next(iter(self._resting))
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Camera name -> (height, width) in pixels."""
+        return {name: (camera.height, camera.width) for name, camera in self._resting.items()}
+
+    def cameras(self, body_to_world: Tensor, motion: Tensor) -> dict[str, Camera]:
+        """The cameras now.
+
+        Args:
+            body_to_world: float32 [b, M, 4, 4], bodies in the order of ``task.BODIES``.
+            motion: float32 [b, 4, 4], see ``perturb.Episode.camera_motion``.
+
+        Returns:
+            A camera with leading size 1 where it is the same for all environments, else b.
+        """
+        moved = bool((motion != torch.eye(4)).any())
+        return {name: self._now(name, body_to_world, motion if moved else None) for name in self._resting}
+
+    def _now(self, name: str, body_to_world: Tensor, motion: Tensor | None) -> Camera:
+        camera = self._resting[name]
+        pose = camera.world_to_camera
+        if name in self._mounts:
+            # At rest the pose is relative to the link.
+            pose = pose @ rigid_inverse(body_to_world[:, self._mounts[name]])
+        if motion is not None:
+            pose = motion @ pose
+        if len(pose) == 1:
+            return camera
+        return Camera(pose.contiguous(), camera.K.expand(len(pose), 3, 3), camera.width, camera.height)
+
+
+def _camera(config: CameraConfig) -> Camera:
+    return from_sapien(
+        config.position, config.rotation, config.fx, config.fy, config.cx, config.cy, config.width, config.height
+    )
+
+
+def _body(config: CameraConfig) -> int:
+    if config.link not in task.BODIES:
+        raise SimulationError(f"camera {config.name!r}: link {config.link!r}; allowed: {', '.join(task.BODIES)}")
+    return task.BODIES.index(config.link)

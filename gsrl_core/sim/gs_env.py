@@ -1,0 +1,235 @@
+"""The vectorised environment: physics on all cores, pictures by splats, one frame per action chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsrl_core.config import SimConfig
+from gsrl_core.errors import SimulationError
+from gsrl_core.geometry.camera import Camera
+from gsrl_core.geometry.rotation import matrix_to_quat
+from gsrl_core.interfaces import Observation, Rasterizer, Step
+from gsrl_core.sim import fr3, task
+from gsrl_core.sim.cameras import CameraRig
+from gsrl_core.sim.perturb import Episode, Perturbation
+from gsrl_core.sim.pool import Physics, Pool
+from gsrl_core.sim.settings import WorldSettings
+from gsrl_core.splat.scene import Scene
+
+_LONGEST_CHUNK = 100
+
+
+def make_env(
+    sim: SimConfig,
+    scene: Scene,
+    rasterizer: Rasterizer,
+    num_envs: int | None = None,
+    perturbation: Perturbation | None = None,
+) -> GsVecEnv:
+    """Build the environment that ``sim`` describes.
+
+    Args:
+        sim: task, physics, cameras.
+        scene: splats of the bench, the robot and the objects; pictures and tensors are on its device.
+        rasterizer: draws it.
+        num_envs: overrides ``sim.num_envs``.
+        perturbation: disturbs every episode; none is nominal.
+
+    Raises:
+        SimulationError: unknown task, body, camera link or control mode, or physics that this machine lacks.
+        WorkerError: a physics process could not be started.
+    """
+    if sim.task != task.TASK:
+        raise SimulationError(f"task {sim.task!r}; allowed: {task.TASK}")
+    count = sim.num_envs if num_envs is None else num_envs
+    if count < 1:
+        raise SimulationError(f"num_envs is {count}; at least 1 is needed")
+    _check_bodies(scene)
+    rig = CameraRig(sim.cameras, sim.render_downscale)
+    return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), perturbation or Perturbation())
+
+
+def make_physics(sim: SimConfig, num_envs: int) -> Physics:
+    """The configured physics backend for ``num_envs`` environments. Raises SimulationError, WorkerError."""
+    if sim.physics_backend == "physx_cuda":
+        from gsrl_core.sim.batch import BatchPhysics  # ManiSkill, many seconds
+
+        return BatchPhysics(sim, num_envs, _LONGEST_CHUNK)
+    settings = WorldSettings(
+        fr3.prepare_urdf(), sim.sim_hz, sim.control_hz, sim.control_mode, solver_iterations=sim.solver_iterations
+    )
+    return Pool(settings, num_envs, min(sim.max_episode_steps, _LONGEST_CHUNK), sim.workers)
+
+
+class GsVecEnv:
+    """B environments in one scene; see :class:`gsrl_core.interfaces.VecEnv` for the contract."""
+
+    def __init__(
+        self,
+        sim: SimConfig,
+        scene: Scene,
+        rasterizer: Rasterizer,
+        rig: CameraRig,
+        physics: Physics,
+        perturbation: Perturbation,
+    ) -> None:
+        self.num_envs = len(physics.states.qpos)
+        self.action_dim = 7 if "ee" in sim.control_mode else 8
+        self.control_hz = float(sim.control_hz)
+        self.max_episode_steps = sim.max_episode_steps
+        self.device = scene.gaussians.means.device
+        self._instruction = sim.instruction
+        self._scene = scene
+        self._rasterizer = rasterizer
+        self._rig = rig
+        self._physics = physics
+        self._perturbation = perturbation
+        self._bodies = torch.tensor([task.BODIES.index(name) for name in scene.names], dtype=torch.long)
+        self._episodes: list[Episode] = []
+        self._pictures = {
+            name: torch.zeros(self.num_envs, *size, 3, dtype=torch.uint8, device=self.device)
+            for name, size in rig.sizes().items()
+        }
+
+    # ------------------------------------------------------------------ VecEnv
+    def reset(self, seeds: Sequence[int]) -> Observation:
+        """Start one episode per seed. Raises SimulationError for a wrong number of seeds or a negative one."""
+        if len(seeds) != self.num_envs:
+            raise SimulationError(f"reset: {len(seeds)} seeds for {self.num_envs} environments; give one each")
+        if min(seeds) < 0:
+            raise SimulationError(f"reset: seed {min(seeds)} is negative; seeds are 0 or more")
+        self._episodes = [self._perturbation.draw(int(seed)) for seed in seeds]
+        self._physics.reset([episode.spec for episode in self._episodes])
+        self._draw(torch.arange(self.num_envs))
+        return self._observation()
+
+    def step_chunk(self, actions: Tensor) -> Step:
+        """Execute a chunk, float32 [B, H, A] in control units.
+
+        Raises:
+            SimulationError: wrong shape, a number that is not finite in a running environment, or no episode yet.
+            WorkerError: a physics process died; the environment is then closed.
+        """
+        self._check_actions(actions)
+        states = self._physics.states
+        before = states.success.astype(bool)
+        active = ~self._done()
+        if active.any():
+            horizon = min(actions.shape[1], self.max_episode_steps - int(states.elapsed[active].max()))
+            chunk = actions[:, :horizon].detach().to("cpu", torch.float32).numpy()
+            self._physics.step(chunk, active)
+            self._draw(torch.from_numpy(np.flatnonzero(active)))
+        else:
+            states.executed[:] = 0
+        success = states.success.astype(bool)
+        return Step(
+            observation=self._observation(),
+            reward=self._tensor((success & ~before).astype(np.float32)),
+            terminated=self._tensor(success),
+            truncated=self._tensor(self._done() & ~success),
+            success=self._tensor(success),
+            success_seed=self._tensor(states.success_seed.astype(bool)),
+            executed=self._tensor(states.executed.astype(np.int64)),
+        )
+
+    def render_video_frame(self) -> Tensor:
+        """The first camera's current pictures, uint8 [B, h, w, 3]."""
+        return self._pictures[self._rig.first].clone()
+
+    def close(self) -> None:
+        """Stop the physics processes; calling it again does nothing."""
+        self._physics.close()
+
+    def __enter__(self) -> GsVecEnv:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ beyond VecEnv
+    def privileged(self) -> dict[str, Tensor]:
+        """The true state, for experts and metrics: float32 on the CPU.
+
+        ``cube_pose``, ``plate_pose``, ``tcp_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9],
+        ``cube_velocity`` and ``plate_velocity`` [B, 6] (m/s, rad/s).
+        """
+        states = self._physics.states
+        bodies = torch.from_numpy(states.body_to_world.copy())
+        velocities = torch.from_numpy(states.velocities.copy())
+        return {
+            "cube_pose": _pose(bodies[:, task.BODIES.index("cube")]),
+            "plate_pose": _pose(bodies[:, task.BODIES.index("plate")]),
+            "tcp_pose": _pose(torch.from_numpy(states.tcp_to_world.copy())),
+            "qpos": torch.from_numpy(states.qpos.copy()),
+            "qvel": torch.from_numpy(states.qvel.copy()),
+            "cube_velocity": velocities[:, 0],
+            "plate_velocity": velocities[:, 1],
+        }
+
+    def body_poses(self) -> Tensor:
+        """Poses of :data:`gsrl_core.sim.task.BODIES` in the world, float32 [B, M, 4, 4] on the CPU."""
+        return torch.from_numpy(self._physics.states.body_to_world.copy())
+
+    def success_parts(self) -> dict[str, Tensor]:
+        """The parts of strict success as they are now: bool [B] each."""
+        from gsrl_core.sim.states import PARTS
+
+        parts = self._tensor(self._physics.states.parts.astype(bool))
+        return {name: parts[:, i] for i, name in enumerate(PARTS)}
+
+    # ------------------------------------------------------------------ inside
+    def _draw(self, envs: Tensor) -> None:
+        """Renew the pictures of the environments ``envs`` (int64 [b])."""
+        body_to_world = torch.from_numpy(self._physics.states.body_to_world[envs.numpy()])
+        motion = torch.stack([self._episodes[i].camera_motion for i in envs.tolist()])
+        cameras: dict[str, Camera] = {
+            name: camera.to(self.device) for name, camera in self._rig.cameras(body_to_world, motion).items()
+        }
+        frames = self._rasterizer.render(self._scene, body_to_world[:, self._bodies].to(self.device), cameras)
+        gain = torch.stack([self._episodes[i].gain for i in envs.tolist()])
+        tinted = bool((gain != 1).any())
+        for name, frame in frames.items():
+            rgb = _tinted(frame.rgb, gain.to(self.device)) if tinted else frame.rgb
+            self._pictures[name][envs.to(self.device)] = rgb.to(self.device)
+
+    def _observation(self) -> Observation:
+        return Observation(
+            rgb={name: picture.clone() for name, picture in self._pictures.items()},
+            state=self._tensor(self._physics.states.qpos),
+            instruction=tuple(episode.instruction or self._instruction for episode in self._episodes),
+        )
+
+    def _done(self) -> np.ndarray:
+        states = self._physics.states
+        return states.success.astype(bool) | (states.elapsed >= self.max_episode_steps)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    def _check_actions(self, actions: Tensor) -> None:
+        if not self._episodes:
+            raise SimulationError("step_chunk before reset; start episodes first")
+        shape = tuple(actions.shape)
+        if len(shape) != 3 or shape[0] != self.num_envs or shape[2] != self.action_dim or not shape[1]:
+            raise SimulationError(f"actions {shape}; expected [{self.num_envs}, H >= 1, {self.action_dim}]")
+        running = torch.from_numpy(~self._done()).to(actions.device)
+        if not torch.isfinite(actions[running]).all():
+            raise SimulationError("actions hold numbers that are not finite; the policy diverged")
+
+
+def _pose(transform: Tensor) -> Tensor:
+    return torch.cat([transform[:, :3, 3], matrix_to_quat(transform[:, :3, :3])], dim=1)
+
+
+def _tinted(rgb: Tensor, gain: Tensor) -> Tensor:
+    return (rgb.float() * gain[:, None, None, :]).round().clamp(0, 255).to(torch.uint8)
+
+
+def _check_bodies(scene: Scene) -> None:
+    unknown = [name for name in scene.names if name not in task.BODIES]
+    if unknown:
+        raise SimulationError(f"the scene has bodies {unknown} that physics does not move; allowed: {task.BODIES}")

@@ -1,0 +1,35 @@
+"""How a world is stepped: plain data that crosses to the workers without importing SAPIEN in the parent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gsrl_core.errors import SimulationError
+from gsrl_core.sim import task
+
+CONTROL_MODES = ("pd_ee_target_delta_pose", "pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """How an environment is stepped."""
+
+    urdf: Path
+    """See :func:`gsrl_core.sim.fr3.prepare_urdf`."""
+    sim_hz: int = task.SIM_HZ
+    control_hz: int = task.CONTROL_HZ
+    control_mode: str = CONTROL_MODES[0]
+    solver_iterations: int = task.SOLVER_POSITION_ITERATIONS
+    """TGS position iterations per simulation step."""
+
+    def __post_init__(self) -> None:
+        if self.control_mode not in CONTROL_MODES:
+            raise SimulationError(f"control mode {self.control_mode!r}; allowed: {', '.join(CONTROL_MODES)}")
+        if self.sim_hz % self.control_hz:
+            raise SimulationError(f"sim_hz {self.sim_hz} must be a multiple of control_hz {self.control_hz}")
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action: pose delta or arm joints, then the gripper."""
+        return 7 if "ee" in self.control_mode else 8
