@@ -42,7 +42,7 @@ def test_scaling_moves_image_coordinates_by_the_true_size_ratio(camera):
     assert (small.width, small.height) == (213, 160)
     ratio = torch.tensor([213 / 640, 160 / 480])
     torch.testing.assert_close(small.project(points)[0], camera.project(points)[0] * ratio, atol=1e-3, rtol=1e-4)
-    # Halving: the centre of the block of pixels (0, 0)..(1, 1) is image point (1, 1) and becomes pixel centre (0.5, 0.5).
+    # Halving: the centre of the block of pixels (0, 0)..(1, 1) is image point (1, 1): pixel centre (0.5, 0.5).
     K = camera.scaled(0.5).K
     torch.testing.assert_close(K[:, :2], camera.K[:, :2] / 2)
     torch.testing.assert_close(K[:, 2], camera.K[:, 2])

@@ -76,7 +76,7 @@ def test_a_truncated_body_tells_expected_and_found_bytes(tmp_path, random_gaussi
     write_ply(tmp_path / "a.ply", random_gaussians(10, 0))
     content = (tmp_path / "a.ply").read_bytes()
     (tmp_path / "a.ply").write_bytes(content[:-5])
-    with pytest.raises(SceneError, match="truncated.*680 bytes.*found 675"):
+    with pytest.raises(SceneError, match=r"truncated.*680 bytes.*found 675"):
         read_ply(tmp_path / "a.ply")
 
 

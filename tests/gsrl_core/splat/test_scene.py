@@ -20,7 +20,7 @@ def scene(random_gaussians):
 def test_parts_know_their_body(scene):
     assert scene.names == ("cube", "plate") and scene.body.tolist() == [-1] * 7 + [0] * 4 + [1] * 5
     assert [len(scene.part(name)) for name in (None, "cube", "plate")] == [7, 4, 5]
-    with pytest.raises(SceneError, match="no body 'robot'.*cube, plate"):
+    with pytest.raises(SceneError, match=r"no body 'robot'.*cube, plate"):
         scene.part("robot")
 
 
