@@ -10,7 +10,7 @@ import torch
 
 from gsrl_core.config import PipelineConfig
 from gsrl_core.dist.placement import Placement, parse_placement
-from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, stop_ray
+from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, start_ray, stop_ray
 from gsrl_core.embodiment import Embodiment
 from gsrl_core.errors import PlacementError
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
@@ -26,6 +26,8 @@ class Team:
         """Start all workers. Raises PlacementError, and what making policies and environments raises."""
         self._config = config
         self._ray = config.cluster.runtime == "ray"
+        # A cluster that the caller had joined before stays joined.
+        self._joined_ray = self._ray and start_ray()
         self.placement = _placement(config)
         self._collocated = self.placement.collocated
         count, stages = len(self.placement.env), config.cluster.pipeline_stage_num
@@ -109,7 +111,7 @@ class Team:
         self._learners.close()
         if self._collectors is not self._learners:
             self._collectors.close()
-        if self._ray:
+        if self._joined_ray:
             stop_ray()
 
     def _start_ray_workers(self, learning: WorkerSpec) -> None:

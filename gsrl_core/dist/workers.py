@@ -93,11 +93,13 @@ class RayWorkers:
             restarts: how often each worker may die and be started again, its interrupted call repeated.
             on_restart: called with the rank of a worker that was started again, before the call is repeated.
         """
-        _start_ray()
+        start_ray()
         self.name, self.size = name, len(devices)
         self._factory, self._devices, self._on_restart = factory, devices, on_restart
         self._restarts_left = [restarts] * self.size
-        self._actors = [self._start(rank) for rank in range(self.size)]
+        self._actors = [self._spawn(rank) for rank in range(self.size)]
+        for building in [_RayCall(self, rank, "build", (), own=True) for rank in range(self.size)]:
+            building.result()
 
     def submit(self, rank: int, method: str, *arguments: Any) -> Pending:
         """Start a call on the actor of this rank."""
@@ -109,9 +111,7 @@ class RayWorkers:
 
     def node_address(self, rank: int) -> str:
         """A free ``host:port`` on the node of this rank."""
-        import ray
-
-        return ray.get(self._actors[rank].free_address.remote())
+        return _RayCall(self, rank, "free_address", (), own=True).result()
 
     def close(self) -> None:
         """End all actors; those that do not answer within ten seconds are killed."""
@@ -122,11 +122,12 @@ class RayWorkers:
         for actor in self._actors:
             ray.kill(actor)
 
-    def remote(self, rank: int, method: str, arguments: Sequence[Any]) -> Any:
-        """Ray's reference of a started call (used by pending results)."""
+    def remote(self, rank: int, method: str, arguments: Sequence[Any], own: bool) -> Any:
+        """Ray's reference of a started call (used by pending results); ``own`` methods are the actor's, not the worker's."""
         # Only top-level references are resolved by Ray, so the arguments are spread out.
         values = [argument.reference if isinstance(argument, _RayCall) else argument for argument in arguments]
-        return self._actors[rank].run.remote(method, *values)
+        actor = self._actors[rank]
+        return getattr(actor, method).remote(*values) if own else actor.run.remote(method, *values)
 
     def revive(self, rank: int, cause: Exception) -> None:
         """Start a dead worker again. Raises WorkerError when its restarts are used up."""
@@ -136,11 +137,12 @@ class RayWorkers:
                 "session folder, logs/worker-*.err; a process that vanishes without a message was often out of memory"
             ) from cause
         self._restarts_left[rank] -= 1
-        self._actors[rank] = self._start(rank)
+        self._actors[rank] = self._spawn(rank)
+        _RayCall(self, rank, "build", (), own=True).result()
         if self._on_restart:
             self._on_restart(rank)
 
-    def _start(self, rank: int) -> Any:
+    def _spawn(self, rank: int) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -157,9 +159,11 @@ class RayWorkers:
 
 
 class _RayCall:
-    def __init__(self, group: RayWorkers, rank: int, method: str, arguments: Sequence[Any]) -> None:
-        self._group, self._rank, self._method, self._arguments = group, rank, method, arguments
-        self.reference = group.remote(rank, method, arguments)
+    def __init__(
+        self, group: RayWorkers, rank: int, method: str, arguments: Sequence[Any], *, own: bool = False
+    ) -> None:
+        self._group, self._rank, self._method, self._arguments, self._own = group, rank, method, arguments, own
+        self.reference = group.remote(rank, method, arguments, own)
 
     def result(self) -> Any:
         import ray
@@ -172,10 +176,10 @@ class _RayCall:
                 raise self._cause(error) from error
             except RayActorError as error:
                 self._group.revive(self._rank, error)
-                self.reference = self._group.remote(self._rank, self._method, self._arguments)
+                self.reference = self._group.remote(self._rank, self._method, self._arguments, self._own)
 
     def _cause(self, error: Any) -> GsrlError:
-        text = f"{self._group.name} worker {self._rank} failed in {self._method}:\n{error.traceback_str}"
+        text = f"{self._group.name} worker {self._rank} failed in {self._method}:\n{error}"
         if isinstance(error.cause, GsrlError):
             # The class and the message a person can act on; the worker's traceback stays attached.
             raise error.cause from WorkerError(text)
@@ -188,7 +192,12 @@ class _Host:
     def __init__(self, factory: Factory, rank: int, visible_devices: str | None) -> None:
         if visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
-        self._worker = factory(rank)
+        self._factory, self._rank = factory, rank
+        self._worker: Any = None
+
+    def build(self) -> None:
+        # Not in __init__: what a constructor raises reaches the caller as a dead actor, without its class.
+        self._worker = self._factory(self._rank)
 
     def run(self, method: str, *arguments: Any) -> Any:
         return getattr(self._worker, method)(*arguments)
@@ -205,7 +214,7 @@ def cluster_devices() -> list[tuple[str, int]]:
     """All GPUs of the Ray cluster as (node id, number on the node), in a stable order; empty without GPUs."""
     import ray
 
-    _start_ray()
+    start_ray()
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     return [(node["NodeID"], index) for node in nodes for index in range(int(node["Resources"].get("GPU", 0)))]
 
@@ -217,14 +226,16 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def _start_ray() -> None:
+def start_ray() -> bool:
+    """Join the cluster of RAY_ADDRESS, or start a local one; False if this process is already in one."""
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     # Without it Ray hides all GPUs from actors that did not ask it for some; devices are dealt by placement here.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
     else:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    return True
