@@ -5,7 +5,7 @@ Layout below the root (``$GSRL_HOME``)::
     objects/<kind>/<sha256>/      finished folders, never changed again
     stages/<stage>/<key>.json     which finished folder a stage made from which inputs (the cache)
     work/<stage>-<key>/           a stage's resumable state, kept over crashes, removed when the stage is done
-    tmp/<kind>-<id>/ and .lock    folders being filled; the lock is held by the living owner
+    tmp/<kind>-<id>/content/      a folder being filled; <kind>-<id>.lock is held by its living owner
     locks/                        advisory locks (flock), released by the kernel when their holder dies
 """
 
@@ -81,11 +81,12 @@ class Store:
         owner = folder.with_suffix(".lock")
         with full_disk_is_an_error(self.root):
             with self.locked("tmp"):  # nobody collects between the creation of the lock and its flock
-                folder.mkdir(parents=True)
+                content = folder / "content"  # one level down: builders may keep scratch files beside their output
+                content.mkdir(parents=True)
                 stream = owner.open("w")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             try:
-                yield folder
+                yield content
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 owner.unlink(missing_ok=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from prefect import task
 
 from gsrl_core import hub
-from gsrl_core.artifacts import Artifact, Store
+from gsrl_core.artifacts import Store
 from gsrl_core.config import PipelineConfig
 from tasks import options
-from tasks.stage import Build, Stage, run_stage
+from tasks.stage import Build, Result, Stage, run_stage
 
 CAPTURE = Stage("capture", "capture")
 GSENV = Stage("gsenv-assets", "dataset")
 
 
 @task(name="fetch-capture", **options.STAGE)
-def fetch_capture(config: PipelineConfig, parent_run_id: str) -> Artifact:
+def fetch_capture(config: PipelineConfig, parent_run_id: str) -> Result:
     """Photos (or a video) as an artefact: later stages do not depend on a folder that somebody may change."""
     source = hub.locate_capture(config.assets.capture)
 
@@ -26,7 +26,7 @@ def fetch_capture(config: PipelineConfig, parent_run_id: str) -> Artifact:
 
 
 @task(name="fetch-gsenv-assets", **options.FETCH)
-def fetch_gsenv_assets(config: PipelineConfig, reference: str, parent_run_id: str) -> Artifact:
+def fetch_gsenv_assets(config: PipelineConfig, reference: str, parent_run_id: str) -> Result:
     """Robot and object splats in the layout of RLinf/gsenv-assets-v0."""
     store = Store()
     source = hub.resolve(reference, config.assets.revision, store, "dataset")

@@ -12,20 +12,20 @@ from gsrl_core.artifacts import Artifact
 from gsrl_core.config import PipelineConfig
 from gsrl_core.errors import GateError
 from tasks import options
-from tasks.stage import Build, Stage, run_stage
+from tasks.stage import Build, Result, Stage, run_stage
 
 SWEEP = Stage(
     "sweep",
     "evaluation",
     sections=("sim", "policy", "evaluation"),
     modules=("gsrl_core.evaluate",),
-    attachments=("report.json", "*.md", "*.csv", "videos/*.mp4"),
+    attachments=("report.json", "table.md", "videos/*.mp4"),
     uses_gpu=True,
 )
 
 
 @task(name="evaluate", task_run_name="{label}", **options.STAGE)
-def evaluate(config: PipelineConfig, checkpoint: Artifact, scene: Artifact, label: str, parent_run_id: str) -> Artifact:
+def evaluate(config: PipelineConfig, checkpoint: Artifact, scene: Artifact, label: str, parent_run_id: str) -> Result:
     """Success rates of a checkpoint, with intervals, over the same fixed seeds for every checkpoint."""
     inputs = {"checkpoint": checkpoint, "scene": scene}
     result = run_stage(SWEEP, config, inputs, _evaluate, parent_run_id, label=label)
@@ -54,15 +54,19 @@ def _evaluate(build: Build) -> dict[str, Any]:
 
     report = driver(build.inputs["checkpoint"], build.inputs["scene"], build.out, build.config, build.reporter)
     nominal = report.nominal
+    low, high = nominal.interval
     return {
-        "success_rate": nominal.rate,
-        "success_low": nominal.low,
-        "success_high": nominal.high,
-        "successes": nominal.successes,
-        "episodes": nominal.episodes,
-        "success_seed_rate": nominal.seed_rate,
+        "success_rate": nominal.success_rate,
+        "success_low": low,
+        "success_high": high,
+        "successes": sum(nominal.success),
+        "episodes": len(nominal.seeds),
+        "success_seed_rate": sum(nominal.success_seed) / len(nominal.seeds),
+        "mean_length": nominal.mean_length,
     }
 
 
 def _rows(evaluation: Artifact) -> list[dict[str, Any]]:
-    return json.loads((evaluation.path / "report.json").read_text())["cells"]
+    cells = json.loads((evaluation.path / "report.json").read_text())["cells"]
+    columns = ("name", "episodes", "successes", "success_rate", "interval", "success_seed_rate", "mean_length")
+    return [{column: cell[column] for column in columns} for cell in cells]

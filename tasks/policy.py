@@ -5,16 +5,16 @@ from __future__ import annotations
 from prefect import task
 
 from gsrl_core import hub
-from gsrl_core.artifacts import Artifact, Store
+from gsrl_core.artifacts import Store
 from gsrl_core.config import PipelineConfig
 from tasks import options
-from tasks.stage import Build, Stage, run_stage
+from tasks.stage import Build, Result, Stage, run_stage
 
 CHECKPOINT = Stage("policy", "checkpoint")
 
 
 @task(name="fetch-checkpoint", **options.FETCH)
-def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Artifact:
+def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
     """The SFT checkpoint from the hub, a mirror, a folder, or what ships with the project."""
     policy, store = config.policy, Store()
     source = hub.resolve(policy.checkpoint, policy.revision, store)

@@ -14,7 +14,7 @@ from gsrl_core.config import PipelineConfig
 from gsrl_core.errors import GateError
 from tasks import options
 from tasks.reporting import show_picture
-from tasks.stage import Build, Stage, run_stage
+from tasks.stage import Build, Result, Stage, run_stage
 
 RECONSTRUCTION = Stage(
     "reconstruct",
@@ -31,7 +31,7 @@ _VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 
 @task(name="reconstruct", **options.STAGE)
-def reconstruct(config: PipelineConfig, capture: Artifact, parent_run_id: str) -> Artifact:
+def reconstruct(config: PipelineConfig, capture: Artifact, parent_run_id: str) -> Result:
     """Cameras and a metric 3D Gaussian model of the bench, with its measured quality."""
     result = run_stage(RECONSTRUCTION, config, {"capture": capture}, _reconstruct, parent_run_id)
     artifact = result if isinstance(result, Artifact) else result.data
@@ -42,7 +42,7 @@ def reconstruct(config: PipelineConfig, capture: Artifact, parent_run_id: str) -
 @task(name="assemble-scene", **options.STAGE)
 def assemble_scene(
     config: PipelineConfig, reconstruction: Artifact, gsenv: Artifact | None, parent_run_id: str
-) -> Artifact:
+) -> Result:
     """The bench with robot, cube and plate as bodies."""
     inputs = {"reconstruction": reconstruction} | ({"gsenv": gsenv} if gsenv else {})
     return run_stage(SCENE, config, inputs, _assemble, parent_run_id)

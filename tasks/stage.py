@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prefect.states import Completed, State
 
@@ -14,7 +14,9 @@ from gsrl_core.artifacts import Artifact, JsonScalar, Store, full_disk_is_an_err
 from gsrl_core.config import PipelineConfig
 from tasks import tracking
 from tasks.options import gpu_slots, restricted, stage_key
-from tasks.reporting import StageReporter
+from tasks.reporting import PROGRESS_LOGGER, StageReporter
+
+_log = logging.getLogger(PROGRESS_LOGGER)
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class Stage:
     kind: str
     """Kind of the artefact it makes."""
     sections: tuple[str, ...] = ()
-    """Sections of the configuration that it reads; it sees no others."""
+    """Sections of the configuration that decide its result: part of the cache key."""
+    checked: tuple[str, ...] = ()
+    """Sections that it may see besides, to check or to log, without effect on its result; it sees no others."""
     modules: tuple[str, ...] = ()
     """Drivers whose code (with all that they import) is part of the cache key."""
     attachments: tuple[str, ...] = ()
     """Globs of files that are attached to the MLflow run."""
     uses_gpu: bool = False
+    own_tensorboard: bool = False
+    """The driver writes TensorBoard files itself, into the artefact."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Build:
 
 Body = Callable[[Build], Mapping[str, JsonScalar]]
 
+Result = Artifact | State[Artifact]
+"""What a task returns: the artefact, or a state named ``Cached`` that carries it."""
+
 
 def run_stage(
     stage: Stage,
@@ -60,7 +69,7 @@ def run_stage(
     *,
     label: str | None = None,
     identity: Mapping[str, str] | None = None,
-) -> Artifact | State[Any]:
+) -> Result:
     """Return the stage's artefact: from the cache (as a state named ``Cached``) or by running ``body``.
 
     At most one process builds a key at a time; others wait for it and then find it cached. A kill at any moment leaves
@@ -85,6 +94,7 @@ def run_stage(
     sections = {name: getattr(config, name) for name in stage.sections}
     with store.locked(f"{stage.name}-{key}"):
         if (hit := store.recall(stage.name, key)) is not None:
+            _log.info("%s: from the store", label, extra={"stage": label, "fraction": 1.0})
             tracking.cached_stage(parent_run_id, label, sections, key, hit)
             return Completed(name="Cached", message=f"{stage.kind} {hit.sha256[:12]} from the store", data=hit)
         with tracking.stage_run(parent_run_id, label, sections, key) as run:
@@ -105,7 +115,8 @@ def _execute(
     label: str,
 ) -> Artifact:
     workspace = store.workspace(f"{stage.name}-{key}")
-    board = store.root / "tensorboard" / f"{label}-{run.run_id[:8]}" if config.tracking.tensorboard else None
+    wanted = config.tracking.tensorboard and not stage.own_tensorboard
+    board = store.root / "tensorboard" / f"{label}-{run.run_id[:8]}" if wanted else None
     reporter = StageReporter(label, run, board)
     reporter.progress(0.0, f"{label}: starting")
     try:
@@ -113,7 +124,7 @@ def _execute(
             build = Build(
                 out=out,
                 workspace=workspace,
-                config=restricted(config, stage.sections),
+                config=restricted(config, stage.sections + stage.checked),
                 inputs={name: store.check(artifact) for name, artifact in inputs.items()},
                 reporter=reporter,
             )
