@@ -12,8 +12,8 @@ from gsrl_core.config import PipelineConfig
 from gsrl_core.interfaces import VecEnv
 
 if TYPE_CHECKING:
+    from gsrl_core.policy.agent import Pi05Policy
     from gsrl_core.rl.ppo import TrainablePolicy
-    from gsrl_core.sim.perturb import Perturbation
 
 
 class Embodiment(Protocol):
@@ -40,19 +40,54 @@ class SplatEmbodiment:
     scene: Path
     config: PipelineConfig
 
-    def make_policy(self, device: torch.device) -> TrainablePolicy:
-        """The checkpoint's policy. Raises CheckpointError."""
-        raise NotImplementedError
+    def make_policy(self, device: torch.device) -> Pi05Policy:
+        """The checkpoint's policy, sampled as configured. Raises CheckpointError."""
+        from gsrl_core.policy.checkpoint import load_policy
+
+        settings = self.config.policy
+        return load_policy(
+            self.checkpoint,
+            denoise_steps=settings.denoise_steps,
+            action_chunk=settings.action_chunk,
+            noise_method=settings.noise_method,
+            noise_level=settings.noise_level,
+            noise_std_range=settings.noise_std_range,
+            precision=settings.precision,
+            device=device,
+        )
 
     def make_env(self, num_envs: int, device: torch.device, perturbation: str | None = None) -> VecEnv:
         """The configured task in this scene. Raises SceneError, SimulationError."""
-        raise NotImplementedError
+        from gsrl_core.sim.gs_env import make_env
+        from gsrl_core.sim.perturb import perturbation as named
+        from gsrl_core.splat.raster import make_rasterizer
+        from gsrl_core.splat.scene import load_scene
 
-    def save_policy(self, policy: TrainablePolicy, folder: Path) -> None:
-        """openpi layout with the value head beside it; normalisation statistics are those of the start."""
-        raise NotImplementedError
+        return make_env(
+            self.config.sim,
+            load_scene(self.scene).to(device),
+            make_rasterizer(self.config.sim.rasterizer),
+            num_envs,
+            named(perturbation) if perturbation else None,
+        )
+
+    def save_policy(self, policy: Pi05Policy, folder: Path) -> None:
+        """Openpi layout, critic in heads.safetensors; normalisation statistics are those of the start."""
+        from gsrl_core.policy.checkpoint import save_checkpoint
+
+        save_checkpoint(folder, policy, card=_card(self.config))
 
 
 def default_device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _card(config: PipelineConfig) -> str:
+    ppo, policy = config.ppo, config.policy
+    return (
+        f'# pi0.5 after PPO in a splat-rendered environment\n\nTask: {config.sim.task}, "{config.sim.instruction}". '
+        f"{ppo.iterations} iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
+        f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds every setting and "
+        "the history; heads.safetensors the critic, which serving does not need.\n"
+    )

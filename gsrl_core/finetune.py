@@ -201,7 +201,9 @@ def _event_writer(folder: Path, enabled: bool, history: History) -> Iterator[Any
 def _write_records(out: Path, config: PipelineConfig, history: History) -> None:
     first, last = training_seeds(config, 0), training_seeds(config, config.ppo.iterations - 1)
     record = {
-        "settings": {name: getattr(config, name).model_dump(mode="json") for name in ("sim", "policy", "ppo", "cluster")},
+        "settings": {
+            name: getattr(config, name).model_dump(mode="json") for name in ("sim", "policy", "ppo", "cluster")
+        },
         "training_seeds": [first.start, last.stop - 1],
         "history": history,
     }

@@ -157,7 +157,9 @@ class Team:
         """A worker's part of every batch of ``sim.num_envs`` seeds, batch after batch."""
         batch, own = self._config.sim.num_envs, self._config.sim.num_envs // self._collectors.size
         return [
-            seed for start in range(0, len(seeds), batch) for seed in seeds[start + rank * own : start + rank * own + own]
+            seed
+            for start in range(0, len(seeds), batch)
+            for seed in seeds[start + rank * own : start + rank * own + own]
         ]
 
 

@@ -72,7 +72,9 @@ class TrainingWorker:
     def take_rollout(self, part: int, parts: int) -> Rollout:
         """One of ``parts`` equal pieces of what was collected, for a learner elsewhere."""
         if self._rollout is None:
-            raise WorkerError(f"worker {self._rank} holds no episodes (it was restarted); resume from the last checkpoint")
+            raise WorkerError(
+                f"worker {self._rank} holds no episodes (it was restarted); resume from the last checkpoint"
+            )
         return split(self._rollout, parts)[part]
 
     def update(self, *rollouts: Rollout) -> dict[str, float]:
@@ -113,15 +115,11 @@ class TrainingWorker:
             env.close()
         self._collective.close()
 
-    def _play(
-        self, seeds: Sequence[int], noise_seed: Sequence[int], *, explore: bool
-    ) -> tuple[Rollout, EpisodeStats]:
+    def _play(self, seeds: Sequence[int], noise_seed: Sequence[int], *, explore: bool) -> tuple[Rollout, EpisodeStats]:
         # The rank is part of the noise: workers must not explore in step.
         entropy = np.random.SeedSequence([*noise_seed, self._rank]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(entropy >> 1))
-        return collect(
-            self._envs, self._policy, seeds, generator, max_chunks=self._spec.max_chunks, explore=explore
-        )
+        return collect(self._envs, self._policy, seeds, generator, max_chunks=self._spec.max_chunks, explore=explore)
 
     def _new_learner(self) -> Learner:
         settings = PpoSettings(**{field.name: getattr(self._spec.ppo, field.name) for field in fields(PpoSettings)})

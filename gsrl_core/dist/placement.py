@@ -3,8 +3,8 @@
     component_placement: {"env,rollout": "0-3", "actor": "4-7:0-3"}
 
 A key names roles; a value is ``resources[:processes]``, several of them separated by commas. Resources are device
-numbers ``3``, ranges ``0-3`` (both ends included) or ``all``. Processes are numbered from 0 without gaps; without them
-each device gets one process. ``0:0-1`` puts two processes on device 0, ``0-3:0-1`` gives two processes two devices each.
+numbers ``3``, ranges ``0-3`` (both ends included) or ``all``. Processes are numbered from 0 without gaps; if left out,
+each device gets one. ``0:0-1`` puts two processes on device 0, ``0-3:0-1`` gives two processes two devices each.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse_placement(component_placement: Mapping[str, str], device_count: int) -
     for key, text in component_placement.items():
         for role in (part.strip() for part in key.split(",")):
             if role not in ROLES:
-                raise PlacementError(f"component_placement: unknown role {role!r} in {key!r}; roles: {', '.join(ROLES)}")
+                raise PlacementError(f"unknown role {role!r} in component_placement; roles: {', '.join(ROLES)}")
             if role in placed:
                 raise PlacementError(f"component_placement places {role!r} twice; name every role once")
             placed[role] = _processes(str(text), device_count)
@@ -97,9 +97,7 @@ def _processes(text: str, device_count: int) -> tuple[Devices, ...]:
                 raise PlacementError(f"placement {text!r} names process {rank} twice")
             processes[rank] = _share(devices, index, len(ranks))
     if sorted(processes) != list(range(len(processes))):
-        raise PlacementError(
-            f"placement {text!r}: processes are {sorted(processes)}; number them from 0 without gaps"
-        )
+        raise PlacementError(f"placement {text!r}: processes are {sorted(processes)}; number them from 0 without gaps")
     return tuple(processes[rank] for rank in range(len(processes)))
 
 
@@ -116,7 +114,7 @@ def _devices(text: str, whole: str, device_count: int) -> Devices:
     devices = tuple(range(existing)) if text == "all" else _range(text, whole)
     beyond = [device for device in devices if device >= existing]
     if beyond:
-        raise PlacementError(f"placement {whole!r} asks for device {beyond[0]}; the devices here: {what}; or write 'all'")
+        raise PlacementError(f"placement {whole!r} asks for device {beyond[0]}; devices here: {what}; or write 'all'")
     return devices
 
 

@@ -62,7 +62,9 @@ class WeightReceiver:
                 f"{self.version}; send it all weights"
             )
         misfits = [
-            name for name, tensor in update.tensors.items() if name not in weights or weights[name].shape != tensor.shape
+            name
+            for name, tensor in update.tensors.items()
+            if name not in weights or weights[name].shape != tensor.shape
         ]
         if misfits:
             raise WorkerError(f"weights {', '.join(sorted(misfits)[:5])} do not exist here in that shape")

@@ -29,7 +29,7 @@ def test_without_a_gpu_all_is_the_cpu_and_processes_may_share_it():
 @pytest.mark.parametrize(
     ("strings", "message"),
     [
-        ({"env,rollout,actor": "0-7"}, "device 4; the devices here: 0-3"),
+        ({"env,rollout,actor": "0-7"}, "device 4; devices here: 0-3"),
         ({"env,rollout,critic": "all"}, "unknown role 'critic'.*env, rollout, actor"),
         ({"env,rollout": "all"}, "does not place actor"),
         ({"env,rollout,actor": "all", "env": "0"}, "places 'env' twice"),
@@ -49,5 +49,5 @@ def test_each_mistake_has_its_own_line(strings, message):
 
 
 def test_a_missing_gpu_is_named_as_such():
-    with pytest.raises(PlacementError, match=r"device 1; the devices here: 0 \(the CPU\)"):
+    with pytest.raises(PlacementError, match=r"device 1; devices here: 0 \(the CPU\)"):
         parse_placement({"env,rollout,actor": "0-1"}, 0)

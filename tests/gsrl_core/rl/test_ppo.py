@@ -220,3 +220,13 @@ def test_state_of_another_policy_is_refused():
     state = Learner(GaussianPolicy(horizon=3), SETTINGS, Alone()).state_dict()
     with pytest.raises(TrainingError, match="other trainable parameters"):
         Learner(GaussianPolicy(), SETTINGS, Alone()).load_state_dict(state)
+
+
+def test_non_finite_gradients_name_the_parameter():
+    policy = GaussianPolicy()
+    rollout = rollout_of(policy, range(16))
+    policy.critic[2].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights(policy)
+    with pytest.raises(TrainingError, match=r"non-finite gradients of critic\.2\.weight \(1 tensors\)"):
+        Learner(policy, SETTINGS, Alone()).update(rollout)
+    assert torch.equal(weights(policy), before)

@@ -56,7 +56,9 @@ def test_the_bootstrap_interval_covers_the_estimate_and_narrows_with_trials():
     widths = []
     for trials in (10, 1000):
         successes = [int(trials * rate) for rate in (0.2, 0.5, 0.6, 0.9)]
-        low, high = bootstrap_over_trials(pearson, (successes, [trials] * 4), (successes, [trials] * 4), confidence=0.95)
+        low, high = bootstrap_over_trials(
+            pearson, (successes, [trials] * 4), (successes, [trials] * 4), confidence=0.95
+        )
         assert low < pearson([0.2, 0.5, 0.6, 0.9], [0.2, 0.5, 0.6, 0.9]) + 1e-9 and low <= high <= 1 + 1e-12
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
