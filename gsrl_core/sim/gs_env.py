@@ -18,9 +18,8 @@ from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
 from gsrl_core.sim.settings import WorldSettings
+from gsrl_core.sim.states import PARTS
 from gsrl_core.splat.scene import Scene
-
-_LONGEST_CHUNK = 100
 
 
 def make_env(
@@ -58,11 +57,11 @@ def make_physics(sim: SimConfig, num_envs: int) -> Physics:
     if sim.physics_backend == "physx_cuda":
         from gsrl_core.sim.batch import BatchPhysics  # ManiSkill, many seconds
 
-        return BatchPhysics(sim, num_envs, _LONGEST_CHUNK)
+        return BatchPhysics(sim, num_envs)
     settings = WorldSettings(
         fr3.prepare_urdf(), sim.sim_hz, sim.control_hz, sim.control_mode, solver_iterations=sim.solver_iterations
     )
-    return Pool(settings, num_envs, min(sim.max_episode_steps, _LONGEST_CHUNK), sim.workers)
+    return Pool(settings, num_envs, sim.max_episode_steps, sim.workers)
 
 
 class GsVecEnv:
@@ -176,10 +175,18 @@ class GsVecEnv:
 
     def success_parts(self) -> dict[str, Tensor]:
         """The parts of strict success as they are now: bool [B] each."""
-        from gsrl_core.sim.states import PARTS
-
         parts = self._tensor(self._physics.states.parts.astype(bool))
         return {name: parts[:, i] for i, name in enumerate(PARTS)}
+
+    def instructions(self) -> list[str]:
+        """The current episodes' sentences. Before the first reset: the task's own."""
+        if not self._episodes:
+            return [self._instruction] * self.num_envs
+        return [episode.instruction or self._instruction for episode in self._episodes]
+
+    def elapsed_steps(self) -> Tensor:
+        """Control steps since the reset, int64 [B]."""
+        return self._tensor(self._physics.states.elapsed.astype(np.int64))
 
     # ------------------------------------------------------------------ inside
     def _draw(self, envs: Tensor) -> None:
@@ -200,7 +207,7 @@ class GsVecEnv:
         return Observation(
             rgb={name: picture.clone() for name, picture in self._pictures.items()},
             state=self._tensor(self._physics.states.qpos),
-            instruction=tuple(episode.instruction or self._instruction for episode in self._episodes),
+            instruction=tuple(self.instructions()),
         )
 
     def _done(self) -> np.ndarray:

@@ -19,9 +19,9 @@ _MANISKILL = (0.1,) * 100
 class ArmKinematics:
     """Forward and inverse kinematics of the TCP by pinocchio.
 
-    ManiSkill calls SAPIEN's CLIK with a step of 0.1, which needs 60 iterations to shrink a 60 mm error to its tolerance.
-    The same iteration with steps of 1/3, 1/2, then 1 converges in about 4, nearer the target. (The two shortened steps
-    keep the redundant joint near ManiSkill's path; full steps alone triple the difference.) Where this does not
+    ManiSkill calls SAPIEN's CLIK with a step of 0.1, which shrinks a 60 mm error to its tolerance in 60 iterations. The
+    same iteration with steps of 1/3, 1/2, then 1 converges in about 4, nearer the target. (The two shortened steps keep
+    the redundant joint near ManiSkill's path; full steps alone triple the difference.) Where this does not
     converge, ManiSkill's own setting decides, so that both give up on the same targets.
     """
 

@@ -1,4 +1,4 @@
-"""Disturbances of the evaluation sweep: what may differ between the bench and the simulation, drawn per episode seed."""
+"""Disturbances of the evaluation sweep: what may differ between bench and simulation, drawn per episode seed."""
 
 from __future__ import annotations
 

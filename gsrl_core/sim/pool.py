@@ -39,7 +39,7 @@ class Physics(Protocol):
         ...
 
     def step(self, actions: np.ndarray, active: np.ndarray) -> None:
-        """Execute ``actions`` float32 [B, H, A] in the environments that ``active`` [B] marks; the rest stay as they are."""
+        """Execute ``actions`` float32 [B, H, A] where ``active`` [B]; other environments stay as they are."""
         ...
 
     def close(self) -> None:
@@ -53,8 +53,10 @@ class _Worker:
     def __init__(self, index: int, memory_fd: int, num_envs: int, horizon: int) -> None:
         ours, theirs = socketpair()
         self.index = index
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
-        environment = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        environment = os.environ | {
+            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        }
         # The child must find this very package, also when it was put on sys.path at run time.
         paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -5,7 +5,7 @@ Nothing has a visual shape, so ``render_backend="none"`` needs no Vulkan; pictur
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import sapien
@@ -35,7 +35,7 @@ class MyFranka(BaseAgent):
     """The FR3 with the seed's gains and control modes; gravity acts on its links."""
 
     uid = fr3.ROBOT_UID
-    urdf_config = {
+    urdf_config: ClassVar = {
         "_materials": {
             "gripper": {
                 "static_friction": fr3.FINGER_FRICTION,
@@ -52,7 +52,7 @@ class MyFranka(BaseAgent):
             for name in fr3.FINGER_LINKS
         },
     }
-    keyframes = {"rest": Keyframe(pose=sapien.Pose(), qpos=np.array(fr3.START_QPOS))}
+    keyframes: ClassVar = {"rest": Keyframe(pose=sapien.Pose(), qpos=np.array(fr3.START_QPOS))}
 
     def _load_articulation(self, initial_pose: sapien.Pose | Pose | None = None) -> None:
         self.urdf_path = str(fr3.prepare_urdf())
@@ -112,7 +112,7 @@ class PutCubeOnPlate(BaseEnv):
     The start depends on the episode seed alone; unseeded resets draw one from ManiSkill's main generator.
     """
 
-    SUPPORTED_ROBOTS = [fr3.ROBOT_UID]  # noqa: RUF012 (ManiSkill's protocol)
+    SUPPORTED_ROBOTS: ClassVar = [fr3.ROBOT_UID]
     SUPPORTED_REWARD_MODES = ("sparse", "none")
 
     def __init__(

@@ -66,7 +66,7 @@ class World:
         self._target = bodies.tcp.entity_pose.to_transformation_matrix().astype(np.float64)
 
     def place(self, body: str, position: np.ndarray, quat: np.ndarray | None = None) -> None:
-        """Put the cube or plate at ``position`` [3] (m) with orientation ``quat`` [4] (wxyz, default upright), at rest."""
+        """Put the cube or plate at ``position`` [3] (m) turned by ``quat`` [4] (wxyz, default not), at rest."""
         component = {"cube": self._scene().cube, "plate": self._scene().plate}[body]
         component.entity_pose = sapien.Pose(position, (1, 0, 0, 0) if quat is None else quat)
         component.set_linear_velocity(np.zeros(3))

@@ -1,0 +1,121 @@
+"""Physics by ManiSkill's own batched environment: the GPU backend, and the reference that the lean one is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gsrl_core.config import SimConfig
+from gsrl_core.errors import SimulationError
+from gsrl_core.sim import fr3, task
+from gsrl_core.sim import states as layout
+
+_PHYSX_GPU_LIBRARY = ".sapien/physx/105.1-physx-5.3.1.patch0/libPhysXGpu_64.so"
+"""Where sapien 3.0.3 looks for NVIDIA's library, below the home folder; its wheel does not contain it."""
+
+
+class BatchPhysics:
+    """All environments in one ManiSkill environment. Those that are done are stepped on, but their record is kept."""
+
+    def __init__(self, sim: SimConfig, num_envs: int) -> None:
+        """Build the environment on ``sim.physics_backend``.
+
+        Raises:
+            SimulationError: no CUDA device, no PhysX GPU library, or several environments on the CPU.
+        """
+        if sim.physics_backend == "physx_cuda":
+            check_gpu_physics()
+        elif num_envs != 1:
+            raise SimulationError(f"ManiSkill runs one environment on the CPU, not {num_envs}; use the worker pool")
+        import gymnasium
+
+        import gsrl_core.sim.put_cube_on_plate  # noqa: F401 (registers the environment)
+
+        self._action_dim = 7 if "ee" in sim.control_mode else 8
+        self.states = layout.view(
+            bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps)), num_envs, sim.max_episode_steps
+        )
+        self._env = gymnasium.make(
+            task.TASK,
+            num_envs=num_envs,
+            obs_mode="none",
+            reward_mode="none",
+            control_mode=sim.control_mode,
+            sim_backend=sim.physics_backend,
+            sim_config={
+                "sim_freq": sim.sim_hz,
+                "control_freq": sim.control_hz,
+                "scene_config": {"solver_position_iterations": sim.solver_iterations},
+            },
+        )
+
+    def reset(self, specs: Sequence[task.EpisodeSpec]) -> None:
+        """Start one episode per environment. Raises SimulationError for a friction or range that is not nominal."""
+        if any(spec != task.EpisodeSpec(spec.seed) for spec in specs):
+            raise SimulationError(
+                "the batched backend starts nominal episodes only; pose and friction perturbations need physx_cpu"
+            )
+        _, info = self._env.reset(seed=[spec.seed for spec in specs])
+        for name in ("elapsed", "executed", "success", "success_seed"):
+            getattr(self.states, name)[:] = 0
+        self._record(info, np.ones(len(specs), dtype=bool))
+
+    def step(self, actions: np.ndarray, active: np.ndarray) -> None:
+        """Execute ``actions`` float32 [B, H, A] where ``active`` [B]."""
+        states = self.states
+        states.executed[:] = 0
+        running = active.copy()
+        for h in range(actions.shape[1]):
+            if not running.any():
+                break
+            command = torch.from_numpy(actions[:, h, : self._action_dim] * running[:, None]).to(self._base.device)
+            *_, info = self._env.step(command)
+            states.executed += running
+            states.elapsed += running
+            states.success_seed |= running & info["success_seed"].cpu().numpy()
+            self._record(info, running)
+            finished = running & info["success"].cpu().numpy()
+            states.success |= finished
+            running &= ~finished
+
+    def close(self) -> None:
+        """Close the environment; calling it again does nothing."""
+        self._env.close()
+
+    @property
+    def _base(self) -> Any:
+        return self._env.unwrapped
+
+    def _record(self, info: dict[str, torch.Tensor], which: np.ndarray) -> None:
+        base, states = self._base, self.states
+        robot = base.agent.robot
+        bodies = [*(robot.links_map[name] for name in fr3.LINKS), base.cube, base.plate]
+        poses = torch.stack([body.pose.to_transformation_matrix() for body in bodies], dim=1)
+        velocities = [torch.cat([b.linear_velocity, b.angular_velocity], dim=-1) for b in (base.cube, base.plate)]
+        values = {
+            "body_to_world": poses,
+            "tcp_to_world": base.agent.tcp.pose.to_transformation_matrix(),
+            "qpos": robot.get_qpos(),
+            "qvel": robot.get_qvel(),
+            "velocities": torch.stack(velocities, dim=1),
+            "parts": torch.stack([info[part] for part in layout.PARTS], dim=1),
+        }
+        for name, value in values.items():
+            getattr(states, name)[which] = value.cpu().numpy()[which]
+
+
+def check_gpu_physics() -> None:
+    """Raise SimulationError, with what to do, unless GPU physics can run here."""
+    if not torch.cuda.is_available():
+        raise SimulationError("physics_backend physx_cuda needs a CUDA device; use physx_cpu on this machine")
+    library = Path.home() / _PHYSX_GPU_LIBRARY
+    if not library.is_file():
+        raise SimulationError(
+            f"physics_backend physx_cuda needs NVIDIA's library at {library}, which sapien's wheel does not contain; "
+            "run `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` once with network access (it downloads "
+            "it from github.com/sapien-sim/physx-precompiled), copy it from another machine, or use physx_cpu"
+        )
