@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
@@ -56,6 +57,11 @@ class PipelineReport(BaseModel):
     """``name/version`` in the MLflow registry."""
     mlflow_run_id: str
     prefect_flow_run_id: str
+
+    @property
+    def file(self) -> Path:
+        """Where the report is written."""
+        return Store().root / "runs" / self.id / "report.json"
 
 
 @flow(name="real2sim2real")
@@ -131,9 +137,8 @@ def _finish(
         mlflow_run_id=run.mlflow_run_id,
         prefect_flow_run_id=str(flow_run.id),
     )
-    folder = Store().root / "runs" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", report.model_dump(mode="json"))
+    report.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(report.file, report.model_dump(mode="json"))
     run.summary(_numbers(report), {"gsrl.status": status, "gsrl.run": run_id, "gsrl.reason": reason or ""})
     create_markdown_artifact(_markdown(report), key="report", description=f"Report of run {run_id}")
     return report

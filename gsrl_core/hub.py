@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gsrl_core import hub_local
 from gsrl_core.artifacts import Artifact, Store, digest_file, digest_folder
-from gsrl_core.errors import CaptureError, HubError
+from gsrl_core.errors import ArtifactError, CaptureError, HubError
 
 if TYPE_CHECKING:  # interfaces imports torch, which fetching does not need
     from gsrl_core.interfaces import Reporter
@@ -132,6 +132,15 @@ def copy_capture(source: Path, out: Path) -> int:
     else:
         _copy(source, out, link=False)
     return sum(path.is_file() for path in out.rglob("*"))
+
+
+def import_folder(folder: Path, kind: str, store: Store) -> Artifact:
+    """Copy a user's folder into the store as an artefact of ``kind``. Raises ArtifactError when there is none."""
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no folder {folder} to take the {kind} from")
+    with store.building(kind) as out:
+        _copy(folder, out, link=False)
+        return store.commit(kind, out, {"reference": str(folder)})
 
 
 def digest_path(path: Path) -> str:

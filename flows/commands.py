@@ -1,0 +1,207 @@
+"""Commands that work on folders, without a pipeline: drivers, packages, the viewer, the doctor and benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value; repeat for more.")
+]
+Preset = Annotated[str, typer.Option(help="Size: laptop, one-gpu, full or cluster.")]
+Bundle = Annotated[Path, typer.Option(help="Folder of a package.")]
+
+
+def scene(
+    photos: Annotated[Path, typer.Option(help="Folder of photos, or a video file.")],
+    out: Annotated[Path, typer.Option(help="Folder for scene.ply, transforms.json and quality.json.")],
+    marker_size: Annotated[float | None, typer.Option(help="Edge of the ArUco tags on the bench [m].")] = None,
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
+) -> None:
+    """Reconstruct a bench from photos: cameras, 3D Gaussians, and how good they are on photos held out.
+
+    Without tags the scale stays unknown; quality.json says so. Interrupted, the same command goes on.
+
+      real2sim2real scene --photos my_photos --out my_scene --marker-size 0.06
+    """
+    from flows.console import ConsoleReporter, progress_shown
+    from gsrl_core.config import load, parse_assignments
+    from gsrl_core.hub import locate_capture
+
+    overrides = parse_assignments(assignments or [])
+    if marker_size is not None:
+        overrides["capture.marker_size"] = marker_size
+    config = load(preset, overrides)
+    source = locate_capture(str(photos))
+    with progress_shown():
+        from gsrl_core.reconstruct import reconstruct
+
+        from gsrl_core.artifacts import full_disk_is_an_error
+
+        with full_disk_is_an_error(out):
+            quality = reconstruct(source, out, config.capture, config.fit, ConsoleReporter("scene"))
+    for gate in quality["gates"]:
+        state = "ok" if gate["passed"] else f"NOT MET: {gate['advice']}"
+        typer.echo(f"{gate['name']:>20}  {gate['value']} (threshold {gate['threshold']})  {state}")
+    typer.echo(str(out / "scene.ply"))
+
+
+def demos(
+    scene: Annotated[Path, typer.Option(help="Scene folder (of a pipeline: the assemble stage).")],
+    out: Annotated[Path, typer.Option(help="Folder for the demonstrations.")],
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
+) -> None:
+    """Record demonstrations of the scripted expert; failures are dropped, an interrupted call goes on.
+
+    real2sim2real demos --scene my_scene --out my_demos --set demos.episodes=200
+    """
+    from flows.console import ConsoleReporter, progress_shown
+    from gsrl_core.config import load, parse_assignments
+
+    config = load(preset, parse_assignments(assignments or []))
+    with progress_shown():
+        from gsrl_core.demos import collect_demos
+
+        facts = collect_demos(scene, out, config, ConsoleReporter("demos"))
+    typer.echo(json.dumps(facts))
+
+
+def sft(
+    demos: Annotated[Path, typer.Option(help="Folder that `demos` wrote.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from; none: random.")] = None,
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
+) -> None:
+    """Train a policy on demonstrations by flow matching; an interrupted call goes on.
+
+    real2sim2real sft --demos my_demos --out my_sft --set sft.steps=5000
+    """
+    from flows.console import ConsoleReporter, progress_shown
+    from gsrl_core.config import load, parse_assignments
+
+    config = load(preset, parse_assignments(assignments or []))
+    with progress_shown():
+        import torch
+
+        from gsrl_core.sft import train_sft
+
+        facts = train_sft(
+            demos, out, init, "pi05_tiny", config.sft,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            reporter=ConsoleReporter("sft"),
+            command=f"real2sim2real sft --preset {preset} --demos {demos.name} --out {out.name}",
+        )  # fmt: skip
+    typer.echo(json.dumps(facts))
+
+
+def verify(
+    bundle: Bundle,
+    robot: Annotated[bool, typer.Option(help="Drive an episode through franky against the FR3 emulator.")] = True,
+) -> None:
+    """Check a package in fresh processes: digests, parity vectors, the policy server, the robot's interface.
+
+    real2sim2real verify --bundle fr3_package
+    """
+    from flows.console import ConsoleReporter, progress_shown
+
+    with progress_shown():
+        from gsrl_core.package import verify_package
+
+        findings = verify_package(bundle, robot, ConsoleReporter("verify"))
+    typer.echo(json.dumps(findings, indent=2))
+
+
+def serve(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address; all but loopback need $GSRL_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
+) -> None:
+    """Serve a package's policy over openpi's websocket protocol, until Ctrl-C.
+
+    real2sim2real serve --bundle fr3_package --port 8000
+    """
+    from gsrl_core.package_run import serve_package
+
+    serve_package(bundle, host, port, ready=lambda address: typer.echo(f"serving {bundle} on {address}; Ctrl-C stops"))
+
+
+def deploy(
+    bundle: Bundle,
+    robot: Annotated[str, typer.Option(help="Address of the FR3's control interface.")],
+    calibration: Annotated[Path, typer.Option(help="Camera calibration of this bench (form: calib/camera.json).")],
+    camera: Annotated[str, typer.Option(help="Video device: an index or a path.")] = "0",
+    dry_run: Annotated[bool, typer.Option(help="Compute and log everything, move nothing.")] = False,
+    max_steps: Annotated[int | None, typer.Option(help="Control steps; default: the package's.")] = None,
+    realtime: Annotated[bool, typer.Option(help="Demand a real-time kernel.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the arm moves.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Write the episode here as JSON.")] = None,
+) -> None:
+    """Drive one episode on an FR3, inside the package's safety envelope. Keep the emergency stop in your hand.
+
+    real2sim2real deploy --bundle fr3_package --robot 172.16.0.2 --calibration camera.json --dry-run
+    """
+    from gsrl_core.package_run import deploy_package
+
+    if not dry_run and not yes:
+        typer.confirm(f"The arm at {robot} will move. Workspace clear, emergency stop at hand?", abort=True)
+    summary = deploy_package(
+        bundle, robot, camera=int(camera) if camera.isdigit() else camera, calibration=calibration, dry_run=dry_run,
+        max_steps=max_steps, realtime=realtime, log_path=log,
+    )  # fmt: skip
+    typer.echo(json.dumps(summary, indent=2))
+
+
+def view(
+    scene: Annotated[Path, typer.Argument(help="Scene folder, or one splat file (.ply).")],
+    port: Annotated[int, typer.Option(help="Loopback port.")] = 8080,
+) -> None:
+    """Show a scene in the browser, until Ctrl-C.
+
+    real2sim2real view my_scene/scene.ply
+    """
+    from flows.viewer import show
+
+    show(scene, port, typer.echo)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """What this machine has, what it lacks, what each missing thing disables, and the line that installs it."""
+    from gsrl_core.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
+        return
+    for finding in findings:
+        typer.echo(f"{'ok' if finding.ok else '--'}  {finding.name:<14} {finding.found}")
+        if not finding.ok:
+            typer.echo(f"{'':>19}without it: {finding.disables}\n{'':>19}do: {finding.remedy}")
+
+
+def bench(
+    what: Annotated[Literal["render", "physics", "policy", "iteration"], typer.Argument(help="What to measure.")],
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
+) -> None:
+    """Measure a part of the pipeline on this machine; one JSON object a line.
+
+    real2sim2real bench render
+
+    real2sim2real bench physics --set sim.num_envs=16
+    """
+    from gsrl_core.bench import measure
+    from gsrl_core.config import load, parse_assignments
+
+    for result in measure(what, load(preset, parse_assignments(assignments or []))):
+        typer.echo(json.dumps(result))
+
+
+COMMANDS = (scene, demos, sft, verify, serve, deploy, view, doctor, bench)

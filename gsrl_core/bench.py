@@ -1,0 +1,173 @@
+"""Measurements of the pipeline's hot parts on this machine; each result is one flat dictionary."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsrl_core.artifacts import Store
+from gsrl_core.assemble import object_bodies, robot_bodies
+from gsrl_core.config import PipelineConfig
+from gsrl_core.embodiment import SplatEmbodiment, default_device
+from gsrl_core.errors import ConfigError
+from gsrl_core.hub import fetch_checkpoint
+from gsrl_core.interfaces import NullReporter, Observation
+from gsrl_core.splat.gaussians import Gaussians
+from gsrl_core.splat.scene import Scene, save_scene
+
+_STATIC_GAUSSIANS = 30_000
+_SECONDS = 5.0
+
+
+def measure(what: str, config: PipelineConfig) -> Iterator[dict[str, Any]]:
+    """Measure ``render``, ``physics``, ``policy`` or ``iteration`` at the sizes of ``config``. Raises ConfigError."""
+    parts: dict[str, Callable[[PipelineConfig], dict[str, Any]]] = {
+        "render": render,
+        "physics": physics,
+        "policy": policy,
+        "iteration": iteration,
+    }
+    if what not in parts:
+        raise ConfigError(f"bench {what!r}; allowed: {', '.join(parts)}")
+    yield {"bench": what, **parts[what](config), **_machine()}
+
+
+def render(config: PipelineConfig) -> dict[str, Any]:
+    """Frames per second of the splat renderer: the robot moving over a bench, every environment, every camera."""
+    from gsrl_core.sim.cameras import CameraRig
+    from gsrl_core.splat.raster import make_rasterizer
+
+    device, count = default_device(), config.sim.num_envs
+    scene = synthetic_scene().to(device)
+    rasterizer = make_rasterizer(config.sim.rasterizer)
+    poses = scene.rest_to_world.expand(count, -1, -1, -1).contiguous()
+    rig = CameraRig(config.sim.cameras, config.sim.render_downscale)
+    still = torch.eye(4).expand(count, 4, 4)
+    cameras = {name: camera.to(device) for name, camera in rig.cameras(poses.cpu(), still).items()}
+    seconds = _seconds_per_call(lambda: rasterizer.render(scene, poses, cameras))
+    return {
+        "gaussians": len(scene.body),
+        "environments": count,
+        "pixels": [[camera.width, camera.height] for camera in cameras.values()],
+        "ms_per_frame": 1000 * seconds / (count * len(cameras)),
+        "frames_per_s": count * len(cameras) / seconds,
+    }
+
+
+def physics(config: PipelineConfig) -> dict[str, Any]:
+    """Environment steps (control steps) per second of the physics alone."""
+    import numpy as np
+
+    from gsrl_core.sim.gs_env import make_physics
+    from gsrl_core.sim.task import EpisodeSpec
+
+    count, horizon = config.sim.num_envs, config.policy.action_chunk
+    simulation = make_physics(config.sim, count)
+    try:
+        simulation.reset([EpisodeSpec(seed) for seed in range(count)])
+        actions = np.zeros((count, horizon, 7), np.float32)
+        active = np.ones(count, bool)
+        start, steps = time.perf_counter(), 0
+        # One episode at most, because what is done stays frozen.
+        while steps < config.sim.max_episode_steps and time.perf_counter() - start < _SECONDS:
+            simulation.step(actions, active)
+            steps += horizon
+        seconds = time.perf_counter() - start
+    finally:
+        simulation.close()
+    return {
+        "environments": count,
+        "sim_hz": config.sim.sim_hz,
+        "control_hz": config.sim.control_hz,
+        "env_steps_per_s": count * steps / seconds,
+    }
+
+
+def policy(config: PipelineConfig) -> dict[str, Any]:
+    """Action chunks per second of the configured checkpoint in exploration."""
+    device, count = default_device(), config.sim.num_envs
+    with _inputs(config) as (checkpoint, _):
+        agent = SplatEmbodiment(checkpoint, Path(), config).make_policy(device)
+    scale = config.sim.render_downscale
+    rgb = {
+        c.name: torch.zeros(count, c.height // scale, c.width // scale, 3, dtype=torch.uint8, device=device)
+        for c in config.sim.cameras
+    }
+    observation = Observation(rgb, torch.zeros(count, 9, device=device), (config.sim.instruction,) * count)
+    generator = torch.Generator(device).manual_seed(0)
+    seconds = _seconds_per_call(lambda: agent.act(observation, generator, explore=True))
+    return {"batch": count, "ms_per_batch": 1000 * seconds, "chunks_per_s": count / seconds}
+
+
+def iteration(config: PipelineConfig) -> dict[str, Any]:
+    """Seconds of one PPO iteration (the second of two, so that compilation is not counted)."""
+    from gsrl_core.finetune import finetune
+
+    ppo = config.ppo.model_copy(update={"iterations": 2})
+    two = config.model_copy(update={"ppo": ppo})
+    with _inputs(config) as (checkpoint, folder):
+        save_scene(folder / "scene", synthetic_scene())
+        finetune(checkpoint, folder / "scene", folder / "out", folder / "work", two, NullReporter())
+        history = json.loads((folder / "out" / "training.json").read_text())["history"]
+    times = {key: value for key, value in history[-1].items() if key.startswith("time/")}
+    return {"episodes": ppo.rollout_epochs * config.sim.num_envs, **times}
+
+
+def synthetic_scene(seed: int = 0) -> Scene:
+    """A bench of random Gaussians under the robot, the cube and the plate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: list[float], high: list[float]) -> torch.Tensor:
+        bounds = torch.tensor([low, high])
+        return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(_STATIC_GAUSSIANS, 3, generator=generator)
+
+    quats = torch.zeros(_STATIC_GAUSSIANS, 4)
+    quats[:, 0] = 1
+    static = Gaussians(
+        means=uniform([-0.3, -0.7, -0.02], [1.0, 0.7, 0.0]),
+        quats=quats,
+        log_scales=torch.full((_STATIC_GAUSSIANS, 3), -5.3),
+        logit_opacities=torch.full((_STATIC_GAUSSIANS,), 2.0),
+        harmonics=uniform([-1.0] * 3, [1.0] * 3)[:, None],
+    )
+    return Scene.from_parts(static, robot_bodies() | object_bodies())
+
+
+@contextmanager
+def _inputs(config: PipelineConfig) -> Iterator[tuple[Path, Path]]:
+    """The configured checkpoint, and a scratch folder."""
+    settings = config.policy
+    artifact = fetch_checkpoint(settings.checkpoint, settings.revision, settings.sha256, Store(), NullReporter())
+    with tempfile.TemporaryDirectory(prefix="gsrl-bench-") as folder:
+        yield artifact.path, Path(folder)
+
+
+def _seconds_per_call(call: Callable[[], object]) -> float:
+    call()  # compile, fill caches
+    _wait()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        call()
+        calls += 1
+    _wait()
+    return (time.perf_counter() - start) / calls
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0))
+    return {"cores": cores, "gpu": gpu, "platform": platform.platform(), "torch": torch.__version__}
