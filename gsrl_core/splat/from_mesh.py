@@ -28,6 +28,11 @@ FLATNESS = 0.05
 LLOYD_STEPS = 3
 _VIEWS = 48
 """Directions from which a sample may be seen from outside."""
+_GRAZING = 0.4
+"""Views at a smaller cosine to the normal are too oblique for the z-buffer's resolution."""
+_HIDDEN = 0.05
+"""Samples less open than this are inside."""
+_BLOCKERS = 40_000
 
 
 @dataclass(frozen=True)
@@ -145,26 +150,20 @@ def sample_outside(mesh: ColoredMesh, count: int, seed: int) -> SurfaceSamples:
     Raises:
         SceneError: the mesh has no area.
     """
-    corners = mesh.vertices[mesh.faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    areas = 0.5 * np.linalg.norm(normals, axis=1)
+    areas, normals = _areas_and_normals(mesh)
     if not areas.sum() > 0:
         raise SceneError("from_mesh: the mesh has no area")
     rng = np.random.default_rng(seed)
-    face = rng.choice(len(areas), size=count, p=areas / areas.sum())
-    u, v = rng.random((2, count))
-    fold = u + v > 1  # the unit square folded onto the triangle keeps the density uniform
-    u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
-    origin, first, second = corners[face].transpose(1, 0, 2)
-    points = origin + u[:, None] * (first - origin) + v[:, None] * (second - origin)
-    unit = normals[face] / (2 * areas[face])[:, None]
-    # The z-buffer's cells hold several samples each, so that few lie on a surface behind an unsampled cell.
-    spacing = np.sqrt(areas.sum() / count)
-    openness = _openness(points, unit, cell=2.5 * spacing)
-    outside = openness > 0.02
+    points, face = _uniform_points(mesh, areas, count, rng)
+    blockers, _ = _uniform_points(mesh, areas, max(count, _BLOCKERS), rng)
+    # The z-buffer's cells hold six blockers each on average, so that few on a closed surface are empty.
+    cell = 2.5 * np.sqrt(areas.sum() / len(blockers))
+    openness = _openness(points, normals[face], blockers, cell)
+    outside = openness > _HIDDEN
     if not outside.any():
         raise SceneError("from_mesh: no face points outwards; reverse the winding of the triangles")
-    return SurfaceSamples(points[outside], unit[outside], mesh.colors[face][outside], openness[outside])
+    chosen = face[outside]
+    return SurfaceSamples(points[outside], normals[chosen], mesh.colors[chosen], openness[outside])
 
 
 def shade(colors: np.ndarray, normals: np.ndarray, openness: np.ndarray, light: Light) -> np.ndarray:
@@ -183,26 +182,44 @@ def shade(colors: np.ndarray, normals: np.ndarray, openness: np.ndarray, light: 
     return np.clip(colors**2.2 * (ambient + direct)[:, None], 0, 1) ** (1 / 2.2)
 
 
-def _openness(points: np.ndarray, normals: np.ndarray, cell: float) -> np.ndarray:
-    """Share of the viewing directions above each point from which a z-buffer of all points does not hide it [S]."""
+def _areas_and_normals(mesh: ColoredMesh) -> tuple[np.ndarray, np.ndarray]:
+    corners = mesh.vertices[mesh.faces]
+    doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    length = np.linalg.norm(doubled, axis=1)
+    return 0.5 * length, doubled / length.clip(1e-300)[:, None]
+
+
+def _uniform_points(
+    mesh: ColoredMesh, areas: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points [S, 3] uniform over the surface and the face index [S] of each."""
+    face = rng.choice(len(areas), size=count, p=areas / areas.sum())
+    u, v = rng.random((2, count))
+    fold = u + v > 1  # the unit square folded onto the triangle keeps the density uniform
+    u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
+    origin, first, second = mesh.vertices[mesh.faces[face]].transpose(1, 0, 2)
+    return origin + u[:, None] * (first - origin) + v[:, None] * (second - origin), face
+
+
+def _openness(points: np.ndarray, normals: np.ndarray, blockers: np.ndarray, cell: float) -> np.ndarray:
+    """Share of the viewing directions above each point from which a z-buffer of ``blockers`` does not hide it [S]."""
     seen, faced = np.zeros(len(points)), np.zeros(len(points))
     for direction in _fibonacci_sphere(_VIEWS):
         helper = np.eye(3)[np.argmin(np.abs(direction))]
         right = np.cross(helper, direction)
         right /= np.linalg.norm(right)
-        column, row = (
-            np.floor((points @ axis) / cell).astype(np.int64) for axis in (right, np.cross(direction, right))
-        )
-        _, pixel = np.unique((column - column.min()) * (np.ptp(row) + 1) + row - row.min(), return_inverse=True)
-        height = points @ direction
-        front = np.full(pixel.max() + 1, -np.inf)
-        np.maximum.at(front, pixel, height)
+        axes = np.stack([right, np.cross(direction, right)], axis=1)
+        corner = np.minimum((points @ axes).min(0), (blockers @ axes).min(0))
+        pixel, blocked = (np.floor((p @ axes - corner) / cell).astype(np.int64) for p in (points, blockers))
+        size = np.maximum(pixel.max(0), blocked.max(0)) + 1
+        front = np.full(size, -np.inf)
+        np.maximum.at(front, tuple(blocked.T), blockers @ direction)
         cosine = normals @ direction
-        facing = cosine > 0.1
+        facing = np.where(cosine > _GRAZING, cosine, 0.0)
         # A tilted surface spans this much depth within one cell.
-        slack = cell * (1.5 * np.sqrt(1 - cosine.clip(0.1, 1) ** 2) / cosine.clip(0.1, 1) + 1.0)
-        faced += facing * cosine
-        seen += (facing & (height > front[pixel] - slack)) * cosine.clip(0)
+        slope = np.sqrt(1 - cosine.clip(_GRAZING, 1) ** 2) / cosine.clip(_GRAZING, 1)
+        faced += facing
+        seen += facing * (points @ direction > front[tuple(pixel.T)] - cell * (0.5 + 1.5 * slope))
     return seen / faced.clip(1e-9)
 
 

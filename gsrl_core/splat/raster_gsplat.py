@@ -218,8 +218,11 @@ def _draw(
 def _check_backend() -> None:
     try:
         from gsplat.cuda._backend import _C
-    except ImportError as error:
-        raise SceneError(f"gsplat cannot be imported ({error}); run `uv sync`, or use rasterizer=numba") from error
+    except (ImportError, OSError, RuntimeError, IndexError) as error:  # it compiles its kernels when first imported
+        raise SceneError(
+            f"gsplat's CUDA kernels could not be built or loaded ({type(error).__name__}: {error}); check that nvcc "
+            "matches PyTorch's CUDA version, or use rasterizer=numba"
+        ) from error
     if _C is None:
         raise SceneError(
             "gsplat's CUDA kernels are not built and there is no CUDA compiler to build them; install the CUDA toolkit "

@@ -1,17 +1,60 @@
+import sys
+import types
+from functools import partial
+
 import pytest
 import torch
 
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
+from gsrl_core.splat import raster_gsplat
+from gsrl_core.splat.constants import EPS2D, FAR_PLANE, NEAR_PLANE
 from gsrl_core.splat.gaussians import Gaussians
-from gsrl_core.splat.raster_gsplat import GsplatRasterizer, Layer, check_batch, composite, posed
+from gsrl_core.splat.harmonics import colors_to_harmonics, sh_colors
+from gsrl_core.splat.raster_gsplat import Layer, check_batch, composite, posed
 from gsrl_core.splat.raster_torch import rasterize_reference
 from gsrl_core.splat.scene import Scene
 
-gpu = pytest.mark.gpu
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SIZE = (96, 64)
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def reference_rasterization(
+    means, quats, scales, opacities, colors, viewmats, Ks, width, height, *, near_plane, far_plane, eps2d, packed,
+    tile_size, render_mode,
+):  # fmt: skip
+    """gsplat.rasterization's documented contract (batch axis, one camera each, RGB+D), by the torch reference."""
+    assert (near_plane, far_plane, eps2d, packed, render_mode) == (NEAR_PLANE, FAR_PLANE, EPS2D, False, "RGB+D")
+    batch, count = means.shape[:2]
+    assert quats.shape == (batch, count, 4) and scales.shape == means.shape and opacities.shape == (batch, count)
+    assert colors.shape[:2] == (batch, count) and viewmats.shape == (batch, 1, 4, 4) and Ks.shape == (batch, 1, 3, 3)
+    pictures, alphas = [], []
+    for b in range(batch):
+        channels = torch.cat([colors[b], torch.zeros(count, -colors.shape[2] % 3)], dim=1)
+        drawn = [
+            rasterize_reference(
+                means[b], quats[b], scales[b].log(), torch.logit(opacities[b]), colors_to_harmonics(part),
+                viewmats[b, 0], Ks[b, 0], width, height, torch.zeros(3),
+            )
+            for part in channels.split(3, dim=1)
+        ]  # fmt: skip
+        alpha, depth = drawn[0][1:3]
+        features = torch.cat([rgb for rgb, *_ in drawn], dim=-1)[..., : colors.shape[2]]
+        pictures.append(torch.cat([features, (depth * alpha)[..., None]], dim=-1))
+        alphas.append(alpha[..., None])
+    return torch.stack(pictures)[:, None], torch.stack(alphas)[:, None], {}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=CUDA)])
+def make(request, monkeypatch):
+    """Makes rasterisers: on a GPU as they are; elsewhere around the reference in the place of gsplat's kernel."""
+    if request.param == "cpu":
+        import gsplat
+
+        monkeypatch.setattr(gsplat, "rasterization", reference_rasterization)
+        monkeypatch.setattr(raster_gsplat, "_check_backend", lambda: None)
+    return partial(raster_gsplat.GsplatRasterizer, request.param)
 
 
 def cloud(count, center, spread, degree=3, seed=0):
@@ -64,8 +107,6 @@ def test_posed_gaussians_equal_transformed_ones(scene, poses):
     for environment in range(3):
         world = scene.posed(poses[environment]).select(slice(400, None))
         torch.testing.assert_close(means[environment], world.means, atol=1e-5, rtol=1e-4)
-        from gsrl_core.splat.harmonics import sh_colors
-
         expected = sh_colors(world.harmonics, world.means - camera.centers[0])
         torch.testing.assert_close(colors[environment], expected, atol=1e-4, rtol=1e-3)
 
@@ -92,11 +133,9 @@ def test_wrong_batches_are_refused(scene, poses):
         check_batch(scene, poses, {"side": camera_from((1.0, 0, 1), (0, 1.0, 1))})
 
 
-@gpu
-@needs_cuda
-def test_pictures_match_the_reference(scene, poses):
+def test_pictures_match_the_reference(scene, poses, make):
     cameras = {"shared": camera_from((0.5, 0.4, 0.9)), "own": camera_from((0.5, 0, 1), (0, 0.5, 1), (0.4, -0.4, 1))}
-    frames = GsplatRasterizer(environments_per_pass=2).render(scene, poses, cameras, extras=True)
+    frames = make(environments_per_pass=2).render(scene, poses, cameras, extras=True)
     for name, camera in cameras.items():
         for environment in range(3):
             index = environment if len(camera) > 1 else 0
@@ -112,21 +151,17 @@ def test_pictures_match_the_reference(scene, poses):
             assert (frames[name].depth[environment].cpu() - depth)[seen].abs().mean() < 2e-3
 
 
-@gpu
-@needs_cuda
-def test_environments_do_not_see_each_other(scene, poses):
+def test_environments_do_not_see_each_other(scene, poses, make):
     cameras = {"view": camera_from((1.0, 0.4, 0.3))}
-    rasterizer = GsplatRasterizer()
+    rasterizer = make()
     together = rasterizer.render(scene, poses, cameras)["view"].rgb
     for environment in range(3):
-        alone = GsplatRasterizer().render(scene, poses[environment : environment + 1], cameras)["view"].rgb
+        alone = make().render(scene, poses[environment : environment + 1], cameras)["view"].rgb
         assert torch.equal(alone[0], together[environment])
 
 
-@gpu
-@needs_cuda
-def test_the_static_cache_follows_scene_and_camera(scene, poses):
-    rasterizer, first, second = GsplatRasterizer(), camera_from((0.5, 0.4, 0.9)), camera_from((0.2, 0.4, 0.9))
+def test_the_static_cache_follows_scene_and_camera(scene, poses, make):
+    rasterizer, first, second = make(), camera_from((0.5, 0.4, 0.9)), camera_from((0.2, 0.4, 0.9))
     a = rasterizer.render(scene, poses, {"view": first})["view"].rgb
     b = rasterizer.render(scene, poses, {"view": second})["view"].rgb
     assert not torch.equal(a, b)
@@ -135,9 +170,15 @@ def test_the_static_cache_follows_scene_and_camera(scene, poses):
     assert not torch.equal(rasterizer.render(other, poses, {"view": first})["view"].rgb, a)
 
 
-@gpu
-@needs_cuda
-def test_pixels_know_their_body(scene, poses):
-    frames = GsplatRasterizer().render(scene, poses, {"view": camera_from((0.3, 0.2, 1.0))}, extras=True)["view"]
+def test_pixels_know_their_body(scene, poses, make):
+    frames = make().render(scene, poses, {"view": camera_from((0.3, 0.2, 1.0))}, extras=True)["view"]
     assert set(frames.body_id.unique().tolist()) == {-1, 0, 1}
     assert (frames.depth[frames.alpha == 0] == 0).all()
+
+
+def test_missing_kernels_are_explained(monkeypatch):
+    backend = types.ModuleType("gsplat.cuda._backend")
+    backend._C = None
+    monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", backend)
+    with pytest.raises(SceneError, match="rasterizer=numba"):
+        raster_gsplat.GsplatRasterizer("cpu")
