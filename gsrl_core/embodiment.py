@@ -88,6 +88,6 @@ def _card(config: PipelineConfig) -> str:
     return (
         f'# pi0.5 after PPO in a splat-rendered environment\n\nTask: {config.sim.task}, "{config.sim.instruction}". '
         f"{ppo.iterations} iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
-        f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds every setting and "
-        "the history; heads.safetensors the critic, which serving does not need.\n"
+        f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds settings and "
+        "history; heads.safetensors the critic, which serving does not need.\n"
     )

@@ -1,4 +1,4 @@
-"""The workers of a fine-tuning run: who collects, who learns, and how episodes and weights get from one to the other."""
+"""The workers of a fine-tuning run: who collects, who learns, and how episodes and weights travel between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from gsrl_core.config import PipelineConfig
 from gsrl_core.dist.placement import Placement, parse_placement
-from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, start_ray, stop_ray
+from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, finish, start_ray, stop_ray
 from gsrl_core.embodiment import Embodiment
 from gsrl_core.errors import PlacementError
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
@@ -52,14 +52,14 @@ class Team:
         self._start_ray_workers(learning)
 
     def collect(self, iteration: int) -> tuple[EpisodeStats, float]:
-        """Training episodes of an iteration, kept by the collectors. Returns statistics and collectors' mean seconds."""
+        """Training episodes of an iteration, kept by the collectors. Returns statistics and mean seconds."""
         seeds = training_seeds(self._config, iteration)
         noise = (self._config.ppo.seed, TRAINING_NOISE, iteration)
         pending = [
             self._collectors.submit(rank, "collect", self._share(seeds, rank), noise)
             for rank in range(self._collectors.size)
         ]
-        results = [one.result() for one in pending]
+        results = finish(pending)
         return join_stats([stats for stats, _ in results]), sum(seconds for _, seconds in results) / len(results)
 
     def validate(self, iteration: int) -> EpisodeStats:
@@ -70,7 +70,7 @@ class Team:
             self._collectors.submit(rank, "evaluate", self._share(seeds, rank), noise)
             for rank in range(self._collectors.size)
         ]
-        return join_stats([one.result() for one in pending])
+        return join_stats(finish(pending))
 
     def update(self) -> dict[str, float]:
         """PPO on what was collected; afterwards the collectors have the new weights. Returns metrics."""
@@ -87,7 +87,7 @@ class Team:
         updates = [
             self._learners.submit(rank, "update", *pieces[rank * each : (rank + 1) * each]) for rank in range(learners)
         ]
-        metrics = [one.result() for one in updates][0]
+        metrics = finish(updates)[0]
         start = time.perf_counter()
         self._sync_weights()
         return metrics | {"time/sync_weights": time.perf_counter() - start}
@@ -144,11 +144,7 @@ class Team:
             self._sync_weights()
 
     def _sync_weights(self) -> None:
-        update = self._learners.submit(0, "changed_weights")
-        for pending in [
-            self._collectors.submit(rank, "apply_weights", update) for rank in range(self._collectors.size)
-        ]:
-            pending.result()
+        self._collectors.call("apply_weights", self._learners.submit(0, "changed_weights"))
 
     def _heal(self, rank: int) -> None:
         self._collectors.submit(rank, "apply_weights", self._learners.submit(0, "all_weights")).result()
@@ -156,11 +152,8 @@ class Team:
     def _share(self, seeds: range, rank: int) -> list[int]:
         """A worker's part of every batch of ``sim.num_envs`` seeds, batch after batch."""
         batch, own = self._config.sim.num_envs, self._config.sim.num_envs // self._collectors.size
-        return [
-            seed
-            for start in range(0, len(seeds), batch)
-            for seed in seeds[start + rank * own : start + rank * own + own]
-        ]
+        starts = range(rank * own, len(seeds), batch)
+        return [seed for start in starts for seed in seeds[start : start + own]]
 
 
 def training_seeds(config: PipelineConfig, iteration: int) -> range:

@@ -75,7 +75,7 @@ class TrainingWorker:
             raise WorkerError(
                 f"worker {self._rank} holds no episodes (it was restarted); resume from the last checkpoint"
             )
-        return split(self._rollout, parts)[part]
+        return split(self._rollout, parts)[part].cpu()
 
     def update(self, *rollouts: Rollout) -> dict[str, float]:
         """One PPO iteration on the given rollouts, or on the worker's own; returns metrics."""
@@ -98,8 +98,8 @@ class TrainingWorker:
         self._receiver.apply(update, self._policy.state_dict_trainable())
 
     def training_state(self) -> dict[str, Any]:
-        """The learner's state, for a checkpoint."""
-        return self._require_learner().state_dict()
+        """The learner's state on the CPU, for a checkpoint: it may be read where no GPU is."""
+        return _on_cpu(self._require_learner().state_dict())
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put a checkpoint's state back."""
@@ -137,3 +137,11 @@ def own_devices() -> tuple[torch.device, torch.device]:
     if not count:
         return torch.device("cpu"), torch.device("cpu")
     return torch.device("cuda", 0), torch.device("cuda", count - 1)
+
+
+def _on_cpu(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

@@ -6,6 +6,7 @@ A worker is any object that a picklable factory makes from its rank. What runs a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -98,8 +99,7 @@ class RayWorkers:
         self._factory, self._devices, self._on_restart = factory, devices, on_restart
         self._restarts_left = [restarts] * self.size
         self._actors = [self._spawn(rank) for rank in range(self.size)]
-        for building in [_RayCall(self, rank, "build", (), own=True) for rank in range(self.size)]:
-            building.result()
+        finish([_RayCall(self, rank, "build", (), own=True) for rank in range(self.size)])
 
     def submit(self, rank: int, method: str, *arguments: Any) -> Pending:
         """Start a call on the actor of this rank."""
@@ -107,7 +107,7 @@ class RayWorkers:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The same call on all actors at once."""
-        return [pending.result() for pending in [self.submit(rank, method, *arguments) for rank in range(self.size)]]
+        return finish([self.submit(rank, method, *arguments) for rank in range(self.size)])
 
     def node_address(self, rank: int) -> str:
         """A free ``host:port`` on the node of this rank."""
@@ -123,7 +123,7 @@ class RayWorkers:
             ray.kill(actor)
 
     def remote(self, rank: int, method: str, arguments: Sequence[Any], own: bool) -> Any:
-        """Ray's reference of a started call (used by pending results); ``own`` methods are the actor's, not the worker's."""
+        """Ray's reference of a started call (used by pending results); ``own``: the actor's, not its worker's."""
         # Only top-level references are resolved by Ray, so the arguments are spread out.
         values = [argument.reference if isinstance(argument, _RayCall) else argument for argument in arguments]
         actor = self._actors[rank]
@@ -179,11 +179,27 @@ class _RayCall:
                 self.reference = self._group.remote(self._rank, self._method, self._arguments, self._own)
 
     def _cause(self, error: Any) -> GsrlError:
-        text = f"{self._group.name} worker {self._rank} failed in {self._method}:\n{error}"
+        trace = re.sub(r"\x1b\[\d+m", "", str(error))
+        text = f"{self._group.name} worker {self._rank} failed in {self._method}:\n{trace}"
         if isinstance(error.cause, GsrlError):
             # The class and the message a person can act on; the worker's traceback stays attached.
             raise error.cause from WorkerError(text)
         return WorkerError(text)
+
+
+def finish(calls: Sequence[Pending]) -> list[Any]:
+    """The results of all calls in their order; raises as soon as any of them fails.
+
+    Workers that train together wait for each other: asked one after the other, a healthy one would hide the failure of
+    the next until its own time-out.
+    """
+    waiting = {call.reference: call for call in calls if isinstance(call, _RayCall)}
+    while waiting:
+        import ray
+
+        for reference in ray.wait(list(waiting), num_returns=1, fetch_local=False)[0]:
+            waiting.pop(reference).result()
+    return [call.result() for call in calls]
 
 
 class _Host:

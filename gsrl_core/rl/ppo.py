@@ -28,6 +28,10 @@ class TrainablePolicy(Policy, Protocol):
         """``{"actor": [...], "critic": [...]}``, disjoint, always in the same order."""
         ...
 
+    def state_dict_trainable(self) -> Mapping[str, Tensor]:
+        """The same tensors by name, sharing their memory."""
+        ...
+
 
 class Collective(Protocol):
     """What processes that train together do together."""
@@ -256,13 +260,16 @@ class Learner:
             _sum_gradients(parameters, self.collective)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         if not norm.isfinite():
+            names = {tensor.data_ptr(): name for name, tensor in self.policy.state_dict_trainable().items()}
             bad = [
-                f"{name}[{number}] {tuple(parameter.shape)}"
-                for name, group in self.groups.items()
-                for number, parameter in enumerate(group)
+                names.get(parameter.data_ptr(), f"a tensor of shape {tuple(parameter.shape)}")
+                for parameter in parameters
                 if parameter.grad is not None and not parameter.grad.isfinite().all()
             ]
-            raise TrainingError(f"iteration {self.iteration}: non-finite gradients of {', '.join(bad)}")
+            raise TrainingError(
+                f"iteration {self.iteration}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
+                "resume from the last checkpoint with a smaller ppo.learning_rate"
+            )
         self.optimizer.step()
         return float(norm)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ class Rollout:
     def samples(self, grid: Tensor) -> Tensor:
         """Of a [T, B] tensor the entries of the stored samples, [N] in the order of ``chain``."""
         return grid.reshape(-1)[self.position]
+
+    def cpu(self) -> Rollout:
+        """The same with the chain in host memory (the rest is there always)."""
+        return replace(self, chain=tuple({key: row.cpu() for key, row in part.items()} for part in self.chain))
 
     def chain_rows(self, index: Tensor) -> dict[str, Tensor]:
         """The rows ``index`` (int64 [n]) of ``chain``; the parts are never joined, that would double the memory."""

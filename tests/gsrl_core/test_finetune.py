@@ -13,7 +13,7 @@ from gsrl_core.interfaces import NullReporter
 
 RL_TESTS = str(Path(__file__).parent / "rl")
 sys.path.insert(0, RL_TESTS)
-from toy import ToyEmbodiment
+from toy import ToyEmbodiment  # noqa: E402
 
 OVERRIDES = {
     "sim.num_envs": 16, "sim.max_episode_steps": 8, "policy.action_chunk": 2, "ppo.iterations": 4,

@@ -76,7 +76,7 @@ def test_ray_workers_share_an_interface_reduce_and_keep_causes():
 
         with pytest.raises(TrainingError, match="for people") as caught:
             group.call("refuse")
-        assert isinstance(caught.value.__cause__, WorkerError) and "Traceback" in str(caught.value.__cause__)
+        assert isinstance(caught.value.__cause__, WorkerError) and "in refuse" in str(caught.value.__cause__)
         with pytest.raises(WorkerError, match=r"env worker 1 failed in crash:[\s\S]*KeyError: 'nothing'"):
             group.submit(1, "crash").result()
         with pytest.raises(WorkerError, match="env worker 0 died"):

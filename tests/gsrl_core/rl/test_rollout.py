@@ -3,7 +3,7 @@ import torch
 from toy import GaussianPolicy, ReachEnv
 
 from gsrl_core.errors import SimulationError
-from gsrl_core.rl.rollout import collect, concatenate
+from gsrl_core.rl.rollout import collect, concatenate, split
 
 
 def generator(seed=0):
@@ -96,3 +96,15 @@ def test_wrong_number_of_seeds_and_diverged_physics_are_errors():
         collect([ReachEnv(4)], policy, range(6), generator(), max_chunks=4)
     with pytest.raises(SimulationError, match=r"seeds \[10\]"):
         collect([ReachEnv(2, fail_at=1)], policy, [10, 11], generator(), max_chunks=4)
+
+
+def test_split_undoes_concatenation_sample_for_sample():
+    policy = GaussianPolicy(std=1.0)
+    parts = [collect([ReachEnv(4)], policy, range(n, n + 4), generator(n), max_chunks=9)[0] for n in (0, 10)]
+    for piece, part in zip(split(concatenate(parts), 2), parts, strict=True):
+        assert torch.equal(piece.reward[: len(part.reward)], part.reward) and piece.num_samples == part.num_samples
+        now = policy.evaluate(piece.chain_rows(torch.arange(piece.num_samples)))
+        assert torch.allclose(piece.samples(piece.log_prob), now.log_prob, atol=1e-6)
+    pieces = split(parts[0], 3)  # sizes 2, 1, 1
+    assert [piece.valid.shape[1] for piece in pieces] == [2, 1, 1]
+    assert sum(piece.num_samples for piece in pieces) == parts[0].num_samples
