@@ -98,11 +98,11 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     lines = ["| condition | success | interval | episodes | seed test |", "|---|---|---|---|---|"]
     try:
         lines += [
-            f"| {cell['name']} | {cell['rate']:.1%} | {cell['low']:.1%} .. {cell['high']:.1%} "
-            f"| {cell['successes']} of {cell['episodes']} | {cell['seed_rate']:.1%} |"
+            f"| {cell['name']} | {cell['success_rate']:.1%} | {cell['interval'][0]:.1%} .. {cell['interval'][1]:.1%} "
+            f"| {cell['successes']} of {cell['episodes']} | {cell['success_seed_rate']:.1%} |"
             for cell in report["cells"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise PackageError(f"report.json: a cell lacks or breaks {error}; evaluate the checkpoint again") from error
     return "\n".join(lines)
 

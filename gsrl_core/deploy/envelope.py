@@ -13,13 +13,14 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from gsrl_core.deploy.contract import Contract
-from gsrl_core.deploy.kinematics import jacobian, pose_error, solve_ik, tcp_pose
+from gsrl_core.deploy.kinematics import damped_inverse, pose_error, solve_ik, tcp_and_jacobian, tcp_pose
 from gsrl_core.deploy.limits import SAFE_Q_MAX, SAFE_Q_MIN, Array, SafetyLimits, velocity_bounds
 from gsrl_core.deploy.robot import RobotState
 from gsrl_core.deploy.smooth import Plan, Setpoint, plan_to
 from gsrl_core.errors import SafetyError
 
-_PREVIEW_PERIOD = 0.02
+# Of the legal joint speed: the arm resolves its redundancy a little differently from the preview.
+_RATE_SHARE = 0.85
 _SCALES = (1.0, 0.5, 0.25, 0.0)
 
 
@@ -188,14 +189,17 @@ class Envelope:
     def _joints_allow(self, plan: Plan, q: Array) -> bool:
         # The whole motion down to rest is previewed, so that its tail stays legal if no other action follows.
         q = q.copy()
-        for seconds in np.arange(_PREVIEW_PERIOD, plan.duration + _PREVIEW_PERIOD, _PREVIEW_PERIOD):
-            setpoint = plan.at(float(seconds))
-            J = jacobian(q, self._flange_from_tcp)
-            pseudo_inverse = J.T @ np.linalg.inv(J @ J.T + 1e-6 * np.eye(6))
-            q += pseudo_inverse @ pose_error(setpoint.pose, tcp_pose(q, self._flange_from_tcp))
-            rate = pseudo_inverse @ np.concatenate([setpoint.linear, setpoint.angular])
+        period = 1.0 / self.limits.stream_hz
+        for i in range(int(np.ceil(plan.duration / period))):
+            setpoint = plan.at((i + 1) * period)
+            pose, J = tcp_and_jacobian(q, self._flange_from_tcp)
+            inverse = damped_inverse(J)
+            q += inverse @ pose_error(setpoint.pose, pose)
+            rate = inverse @ np.concatenate([setpoint.linear, setpoint.angular])
             low, high = velocity_bounds(q)
-            if (q < self._q_min).any() or (q > self._q_max).any() or (rate < low).any() or (rate > high).any():
+            if (q < self._q_min).any() or (q > self._q_max).any():
+                return False
+            if (rate < _RATE_SHARE * low).any() or (rate > _RATE_SHARE * high).any():
                 return False
         residual = pose_error(plan.at(plan.duration).pose, tcp_pose(q, self._flange_from_tcp))
         return bool(np.linalg.norm(residual) < 2e-3)

@@ -26,6 +26,14 @@ def _rotated_z(angle: float, z: float = 0.0) -> Array:
     return pose
 
 
+_CA, _SA = np.cos(_ALPHA), np.sin(_ALPHA)
+_FIXED = np.zeros((7, 4, 4))
+_FIXED[:, 0, 3] = _A
+_FIXED[:, 1, 2], _FIXED[:, 1, 3] = -_SA, -_SA * _D
+_FIXED[:, 2, 2], _FIXED[:, 2, 3] = _CA, _CA * _D
+_FIXED[:, 3, 3] = 1.0
+
+_LINK7_FROM_FLANGE = _rotated_z(0.0, _FLANGE)
 FLANGE_FROM_HAND = _rotated_z(-np.pi / 4)
 FLANGE_FROM_TCP = _rotated_z(-np.pi / 4, 0.1034)
 """F_T_EE of the Franka Hand: ``fr3_hand_tcp`` in ``fr3_link8``."""
@@ -33,20 +41,9 @@ FLANGE_FROM_TCP = _rotated_z(-np.pi / 4, 0.1034)
 
 def link_poses(q: Array, fingers: tuple[float, float] = (0.0, 0.0)) -> dict[str, Array]:
     """base_from_link [4, 4] of links 0..8, hand and fingers at joint positions ``q`` [7] (rad), fingers (m)."""
-    poses = {"fr3_link0": np.eye(4)}
-    pose = np.eye(4)
-    for i in range(7):
-        c, s, ca, sa = np.cos(q[i]), np.sin(q[i]), np.cos(_ALPHA[i]), np.sin(_ALPHA[i])
-        pose = pose @ np.array(
-            [
-                [c, -s, 0.0, _A[i]],
-                [s * ca, c * ca, -sa, -sa * _D[i]],
-                [s * sa, c * sa, ca, ca * _D[i]],
-                [0.0, 0.0, 0.0, 1.0],
-            ]
-        )
-        poses[f"fr3_link{i + 1}"] = pose
-    poses["fr3_link8"] = pose @ _rotated_z(0.0, _FLANGE)
+    arm = _chain(q)
+    poses = {"fr3_link0": np.eye(4), **{f"fr3_link{i + 1}": pose for i, pose in enumerate(arm)}}
+    poses["fr3_link8"] = arm[-1] @ _LINK7_FROM_FLANGE
     hand = poses["fr3_link8"] @ FLANGE_FROM_HAND
     poses["fr3_hand"] = hand
     for name, opening, turn in (("fr3_leftfinger", fingers[0], 0.0), ("fr3_rightfinger", fingers[1], np.pi)):
@@ -58,18 +55,32 @@ def link_poses(q: Array, fingers: tuple[float, float] = (0.0, 0.0)) -> dict[str,
 
 def tcp_pose(q: Array, flange_from_tcp: Array = FLANGE_FROM_TCP) -> Array:
     """base_from_tcp [4, 4] at joint positions ``q`` [7] (rad)."""
-    return link_poses(q)["fr3_link8"] @ flange_from_tcp
+    return _chain(q)[-1] @ _LINK7_FROM_FLANGE @ flange_from_tcp
 
 
 def jacobian(q: Array, flange_from_tcp: Array = FLANGE_FROM_TCP) -> Array:
     """Geometric Jacobian [6, 7]: TCP linear (m/s) over angular (rad/s) velocity in the base frame per joint rate."""
-    poses = link_poses(q)
-    tip = (poses["fr3_link8"] @ flange_from_tcp)[:3, 3]
-    columns = []
-    for i in range(1, 8):
-        axis, origin = poses[f"fr3_link{i}"][:3, 2], poses[f"fr3_link{i}"][:3, 3]
-        columns.append(np.concatenate([np.cross(axis, tip - origin), axis]))
-    return np.stack(columns, axis=1)
+    return tcp_and_jacobian(q, flange_from_tcp)[1]
+
+
+def tcp_and_jacobian(q: Array, flange_from_tcp: Array = FLANGE_FROM_TCP) -> tuple[Array, Array]:
+    """Both at the price of one."""
+    arm = _chain(q)
+    pose = arm[-1] @ _LINK7_FROM_FLANGE @ flange_from_tcp
+    axes, arms = arm[:, :3, 2], pose[:3, 3] - arm[:, :3, 3]
+    return pose, np.concatenate([np.cross(axes, arms).T, axes.T])
+
+
+def _chain(q: Array) -> Array:
+    # base_from_link [7, 4, 4] of links 1..7: products of the Craig transforms.
+    c, s = np.cos(q), np.sin(q)
+    steps = _FIXED.copy()
+    steps[:, 0, 0], steps[:, 0, 1] = c, -s
+    steps[:, 1, 0], steps[:, 1, 1] = s * _CA, c * _CA
+    steps[:, 2, 0], steps[:, 2, 1] = s * _SA, c * _SA
+    for i in range(1, 7):
+        steps[i] = steps[i - 1] @ steps[i]
+    return steps
 
 
 @dataclass(frozen=True)
@@ -99,17 +110,29 @@ def solve_ik(
     """
     q = np.array(q_seed, dtype=float)
     for _ in range(iterations):
-        error = pose_error(base_from_tcp, tcp_pose(q, flange_from_tcp))
-        if np.linalg.norm(error[:3]) < 1e-6 and np.linalg.norm(error[3:]) < 1e-6:
+        pose, J = tcp_and_jacobian(q, flange_from_tcp)
+        error = pose_error(base_from_tcp, pose)
+        if np.abs(error).max() < 1e-7:
             break
-        J = jacobian(q, flange_from_tcp)
-        step = J.T @ np.linalg.solve(J @ J.T + 1e-6 * np.eye(6), error)
+        step = damped_inverse(J) @ error
         q = q + step * min(1.0, 0.3 / max(np.abs(step).max(), 1e-9))
     error = pose_error(base_from_tcp, tcp_pose(q, flange_from_tcp))
     return InverseKinematics(q, float(np.linalg.norm(error[:3])), float(np.linalg.norm(error[3:])))
 
 
+def damped_inverse(J: Array) -> Array:
+    """J^T (J J^T + lambda^2 I)^-1, [7, 6], with lambda = 1e-3."""
+    return np.linalg.solve(J @ J.T + 1e-6 * np.eye(6), J).T
+
+
 def pose_error(target: Array, pose: Array) -> Array:
     """[6]: translation (m) and rotation vector (rad), both in the base frame, that take ``pose`` to ``target``."""
-    turn = Rotation.from_matrix(target[:3, :3]) * Rotation.from_matrix(pose[:3, :3]).inv()
-    return np.concatenate([target[:3, 3] - pose[:3, 3], turn.as_rotvec()])
+    turn = target[:3, :3] @ pose[:3, :3].T
+    cosine = (turn[0, 0] + turn[1, 1] + turn[2, 2] - 1.0) / 2.0
+    axis = 0.5 * np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
+    sine = float(np.sqrt(axis @ axis))
+    if cosine < -0.5:
+        vector = Rotation.from_matrix(turn).as_rotvec()  # near half a turn the axis above vanishes
+    else:
+        vector = axis * (np.arctan2(sine, cosine) / sine) if sine > 1e-9 else axis
+    return np.concatenate([target[:3, 3] - pose[:3, 3], vector])

@@ -151,8 +151,11 @@ def check_joint_tables(q_min: Array, q_max: Array) -> tuple[Array, Array]:
     Raises:
         SafetyError: the ranges do not overlap, or the robot's range is so different that it is another arm.
     """
-    low, high = np.maximum(SAFE_Q_MIN, q_min), np.minimum(SAFE_Q_MAX, q_max)
-    if q_min.shape != (7,) or q_max.shape != (7,) or (high - low < 0.5 * (SAFE_Q_MAX - SAFE_Q_MIN)).any():
+    low, high = SAFE_Q_MIN, SAFE_Q_MIN
+    if q_min.shape == q_max.shape == (7,):
+        low, high = np.maximum(SAFE_Q_MIN, q_min), np.minimum(SAFE_Q_MAX, q_max)
+    # Negated, so that numbers that are not finite are refused too.
+    if not (high - low >= 0.5 * (SAFE_Q_MAX - SAFE_Q_MIN)).all():
         raise SafetyError(
             f"the robot reports joint limits {np.round(q_min, 3).tolist()} .. {np.round(q_max, 3).tolist()}, which "
             "are not an FR3's; connect the arm that the package was made for"

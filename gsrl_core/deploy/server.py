@@ -55,6 +55,8 @@ class PolicyServer:
         self._service = service
         self._metadata = wire.pack(dict(metadata))
         self._api_key = api_key
+        self._lock = threading.Lock()
+        self._connections: set[ServerConnection] = set()
         self.warm_up_ms = service.warm_up()
         try:
             # Browsers send an Origin header; no robot client does.
@@ -90,6 +92,10 @@ class PolicyServer:
     def shutdown(self) -> None:
         """Close the port and all connections."""
         self._server.shutdown()
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.close_socket()
 
     def _before_handshake(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
@@ -101,6 +107,8 @@ class PolicyServer:
 
     def _converse(self, connection: ServerConnection) -> None:
         previous_ms: float | None = None
+        with self._lock:
+            self._connections.add(connection)
         try:
             connection.send(self._metadata)
             for message in connection:
@@ -119,6 +127,9 @@ class PolicyServer:
                 previous_ms = 1000.0 * (time.perf_counter() - started)
         except ConnectionClosed:
             _log.info("client left")
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
 
     def _answer(self, message: str | bytes) -> dict[str, Any]:
         if isinstance(message, str):

@@ -1,0 +1,180 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+from deploy_examples import MeanColorPolicy, NoisyCamera, PerfectRobot, ScriptedClient, make_contract
+
+from gsrl_core.deploy.client import PolicyClient
+from gsrl_core.deploy.envelope import Envelope
+from gsrl_core.deploy.kinematics import tcp_pose
+from gsrl_core.deploy.limits import SafetyLimits
+from gsrl_core.deploy.loop import EpisodeLog, run_episode
+from gsrl_core.deploy.server import PolicyServer
+from gsrl_core.deploy.service import PolicyService
+from gsrl_core.errors import SafetyError, WorkerError
+
+STEP = [0.01, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
+LIMITS = SafetyLimits(watchdog=0.5, max_chunk_age=0.3, max_state_age=0.3)
+
+
+def walk(_):
+    return np.array([STEP] * 4)
+
+
+def drive(robot, client, *, limits=LIMITS, camera=None, contract=None, **options):
+    contract = contract or make_contract()
+    log = EpisodeLog()
+    camera = camera or NoisyCamera(contract)
+    try:
+        run_episode(robot, client, Envelope(limits, contract), camera, contract, log=log, **options)
+    finally:
+        assert robot.calls[-1:] == (["stop"] if "begin" in robot.calls else [])
+    return log
+
+
+def test_an_episode_integrates_the_actions_and_stops():
+    robot, client = PerfectRobot(), ScriptedClient(walk)
+    log = drive(robot, client, max_steps=6)
+    assert log.outcome == "completed"
+    assert len(log.steps) == 6
+    assert len(client.requests) == 2
+    x = [step["target"][0][3] for step in log.steps]
+    np.testing.assert_allclose(np.diff(x), 0.01, atol=1e-9)
+    assert robot.calls == ["begin", "stop"]
+    assert robot.widths == [0.0] * 6
+    assert log.summary()["tracking_mm"]["max"] < 1e-3
+    request = client.requests[0]
+    assert request["observation/image"].shape == (24, 32, 3)
+    np.testing.assert_allclose(request["observation/state"][7:], 0.04)
+    assert request["prompt"] == "pick up the cube and put it on the plate"
+
+
+def test_a_dry_run_decides_everything_and_moves_nothing():
+    robot = PerfectRobot()
+    log = drive(robot, ScriptedClient(walk), max_steps=4, dry_run=True)
+    assert log.outcome == "completed"
+    assert robot.calls == robot.commanded == robot.widths == []
+    assert log.steps[-1]["target"][0][3] == pytest.approx(tcp_pose(robot.q)[0, 3] + 0.04)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "text"),
+    [(np.zeros((5, 7)), "shape"), (np.full((4, 7), np.nan), "nan"), (None, "contract says")],
+)
+def test_a_broken_chunk_stops_the_arm_where_it_is(chunk, text):
+    robot = PerfectRobot()
+    with pytest.raises(SafetyError, match=text):
+        drive(robot, ScriptedClient(lambda _: chunk))
+    np.testing.assert_allclose(robot.pose, tcp_pose(np.array(make_contract().start_q)), atol=1e-6)
+
+
+def test_a_slow_policy_makes_the_arm_hold_and_the_watchdog_stops_it():
+    robot, client = PerfectRobot(), ScriptedClient(walk, delay=30.0)
+    with pytest.raises(SafetyError, match="watchdog"):
+        drive(robot, client)
+    client.released.set()
+    assert len(robot.commanded) > 20  # it was held actively, at the streaming rate
+    assert {tuple(setpoint.position) for setpoint in robot.commanded} == {tuple(robot.commanded[0].position)}
+
+
+def test_chunks_from_old_pictures_are_dropped_not_executed():
+    robot = PerfectRobot()
+    log = EpisodeLog()
+    contract = make_contract()
+    client = ScriptedClient(walk, delay=0.35)
+    with pytest.raises(SafetyError, match="too old"):
+        run_episode(robot, client, Envelope(LIMITS, contract), NoisyCamera(contract), contract, log=log)
+    assert log.stale_chunks >= 1
+    assert log.steps == []
+    assert robot.calls == ["begin", "stop"]
+
+
+def test_an_external_force_stops_the_arm():
+    class Pushed(PerfectRobot):
+        def command(self, setpoint):
+            super().command(setpoint)
+            self.wrench = np.array([0, 0, 40.0 if len(self.commanded) > 30 else 0.0, 0, 0, 0])
+
+    robot = Pushed()
+    with pytest.raises(SafetyError, match=r"external force \[N\] was 40"):
+        drive(robot, ScriptedClient(walk))
+    assert len(robot.commanded) == 30 + LIMITS.force_samples
+
+
+def test_an_arm_that_does_not_follow_is_stopped():
+    robot = PerfectRobot()
+    robot.stuck = True
+    with pytest.raises(SafetyError, match="tracking error"):
+        drive(robot, ScriptedClient(walk))
+
+
+def test_a_lost_connection_is_noticed_by_the_age_of_the_state():
+    robot = PerfectRobot()
+    robot.dead_since = -10.0
+    with pytest.raises(SafetyError, match="old"):
+        drive(robot, ScriptedClient(walk))
+
+
+def test_releasing_the_dead_man_switch_stops_the_arm():
+    robot = PerfectRobot()
+    with pytest.raises(SafetyError, match="dead-man"):
+        drive(robot, ScriptedClient(walk), permit=lambda: len(robot.commanded) < 25)
+    assert len(robot.commanded) == 25
+
+
+def test_a_frozen_camera_is_noticed():
+    contract = make_contract(max_episode_steps=40)
+    with pytest.raises(SafetyError, match="frozen"):
+        drive(PerfectRobot(), ScriptedClient(walk), camera=NoisyCamera(contract, frozen=True), contract=contract)
+
+
+def test_a_server_that_dies_in_mid_episode_gives_a_clean_error_after_a_stop():
+    contract = make_contract(max_episode_steps=60)
+    server = PolicyServer(PolicyService(MeanColorPolicy(), contract), {}, port=0).__enter__()
+    robot = PerfectRobot()
+    with PolicyClient(port=server.port, timeout=2.0) as client:
+        timer = threading.Timer(0.7, server.shutdown)
+        timer.start()
+        log = EpisodeLog()
+        with pytest.raises(WorkerError, match="policy server"):
+            run_episode(robot, client, Envelope(SafetyLimits(), contract), NoisyCamera(contract), contract, log=log)
+    assert robot.calls == ["begin", "stop"]
+    assert 0 < len(log.steps) < 60
+    assert "policy server" in log.outcome
+
+
+def test_another_tcp_or_camera_is_refused_before_anything_moves():
+    contract = make_contract()
+    robot = PerfectRobot()
+    robot.flange_from_tcp = np.eye(4)
+    with pytest.raises(SafetyError, match="TCP"):
+        drive(robot, ScriptedClient(walk))
+    for field, change, text in (
+        ("base_from_camera", lambda m: m + np.eye(4)[:, [3]] * 0 + np.outer([0.01, 0, 0, 0], [0, 0, 0, 1]), "10.0 mm"),
+        ("K", lambda K: K * 1.05, "intrinsics"),
+        ("width", lambda w: w * 2, "64 x 24"),
+    ):
+        camera = NoisyCamera(contract)
+        old = camera.calibration
+        values = {**old.__dict__, field: change(getattr(old, field))}
+        camera.calibration = type(old)(**values)
+        robot = PerfectRobot()
+        with pytest.raises(SafetyError, match=text):
+            drive(robot, ScriptedClient(walk), camera=camera)
+        assert robot.commanded == []
+
+
+def test_late_setpoints_move_the_schedule_instead_of_bunching_up():
+    stamps = []
+
+    class Stalling(PerfectRobot):
+        def command(self, setpoint):
+            super().command(setpoint)
+            stamps.append(time.monotonic())
+            if len(self.commanded) == 15:
+                time.sleep(0.15)
+
+    robot = Stalling()
+    drive(robot, ScriptedClient(walk), max_steps=4)
+    assert np.diff(stamps).min() > 0.008
