@@ -159,7 +159,12 @@ class SftConfig(Section):
     warmup_steps: int = Field(1000, ge=0)
     weight_decay: float = Field(1e-10, ge=0)
     ema_decay: float = Field(0.99, ge=0, lt=1)
+    """The weights that are kept are this moving average of those that are trained."""
     image_augmentation: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; weights and optimizer stay float32."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps between saved states; a killed run loses at most these."""
     seed: int = 0
 
 

@@ -53,11 +53,11 @@ class PromptInputs:
     images: dict[str, Tensor]
     """slot -> float32 [B, 3, S, S] in [-1, 1]."""
     masks: dict[str, Tensor]
-    """slot -> bool [B]."""
+    """slot -> bool [B], on the host."""
     tokens: Tensor
     """int64 [B, T]."""
     token_mask: Tensor
-    """bool [B, T]."""
+    """bool [B, T], on the host."""
 
 
 class Pi05Policy:
@@ -188,9 +188,8 @@ class Pi05Policy:
         }
         bins = discretize_state(self.state_normalizer.normalize(observation.state.cpu()))
         tokens, token_mask = self.tokenizer.encode(observation.instruction, bins)
-        present = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
-        masks = dict.fromkeys(images, present)
-        return PromptInputs(images, masks, tokens.to(self.device), token_mask.to(self.device))
+        masks = dict.fromkeys(images, torch.ones(len(tokens), dtype=torch.bool))
+        return PromptInputs(images, masks, tokens.to(self.device), token_mask)
 
     def _explore_sde(
         self, prefix: PrefixCache, noise: Tensor, generator: torch.Generator

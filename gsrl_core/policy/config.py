@@ -70,6 +70,7 @@ PRESETS: Mapping[str, Pi05Config] = {
         expert_width=128,
         expert_mlp=256,
         vocab_size=512,
+        action_dim=8,
         horizon=5,
         max_token_len=48,
         value_hidden=(256, 128),

@@ -81,13 +81,14 @@ class Pi05(nn.Module):
         """Run the vision tower and the language model.
 
         Slots that no sample uses and text columns that no sample fills are not computed. That is exact: masked tokens
-        are attended by nobody and positions count valid tokens only.
+        are attended by nobody and positions count valid tokens only. What is masked decides shapes, so the masks are
+        read on the host: keep them there, and the device is not waited for.
 
         Args:
             images: slot -> float [B, 3, S, S] in [-1, 1]; slots not given count as masked.
-            masks: slot -> bool [B].
+            masks: slot -> bool [B], on the host.
             tokens: int64 [B, T], padded on the right.
-            token_mask: bool [B, T].
+            token_mask: bool [B, T], on the host.
         """
         pieces, valid = [], []
         for slot in IMAGE_SLOTS:
@@ -98,7 +99,9 @@ class Pi05(nn.Module):
         filled = int(token_mask.any(dim=0).sum())
         pieces.append(self._embed_tokens(tokens[:, :filled]))
         valid.append(token_mask[:, :filled])
-        return self._run_prefix(torch.cat(pieces, dim=1), torch.cat(valid, dim=1))
+        joined = torch.cat(valid, dim=1)
+        complete = bool(joined.all())
+        return self._run_prefix(torch.cat(pieces, dim=1), joined.to(tokens.device), complete)
 
     def velocity(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t) float32 [B, H, A]; it estimates noise - action. ``x_t`` [B, H, A], ``t`` [B] in (0, 1]."""
@@ -123,8 +126,8 @@ class Pi05(nn.Module):
         """Hidden states of the expert [B, H, We] -> velocity float32 [B, H, A]."""
         return self.action_out_proj(hidden.float())
 
-    def _run_prefix(self, x: Tensor, valid: Tensor) -> PrefixCache:
-        key_mask = None if bool(valid.all()) else valid
+    def _run_prefix(self, x: Tensor, valid: Tensor, complete: bool) -> PrefixCache:
+        key_mask = None if complete else valid
         table = rotary(valid.long().cumsum(dim=1) - 1, self.config.head_dim)
         keys, values = [], []
         model = self.paligemma.language_model

@@ -69,4 +69,3 @@ def make_observation(batch, seed=0, instruction="pick up the cube and put it on 
     rgb = torch.randint(256, (batch, 24, 32, 3), generator=generator, dtype=torch.uint8)
     state = torch.rand(batch, 9, generator=generator) * 2 - 1
     return Observation({"3rd_view_camera": rgb}, state, (instruction,) * batch)
-

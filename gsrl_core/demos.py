@@ -1,0 +1,213 @@
+"""Scripted demonstrations in the splat-rendered environment, and their export to LeRobot."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsrl_core.artifacts import write_json
+from gsrl_core.config import PipelineConfig
+from gsrl_core.errors import TrainingError
+from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
+from gsrl_core.policy.demonstrations import Episode, load_demonstrations, shard_folder, write_shard
+
+
+class PrivilegedEnv(VecEnv, Protocol):
+    """Environments that also tell the true state."""
+
+    def privileged(self) -> dict[str, Tensor]:
+        """Poses of TCP, cube and plate and the joint positions, each with leading B."""
+        ...
+
+
+Expert = Callable[[dict[str, Tensor]], Tensor]
+"""Privileged state -> clean actions float32 [B, A]."""
+
+
+def collect_demos(scene: Path, out: Path, config: PipelineConfig, reporter: Reporter) -> dict[str, Any]:
+    """Run the scripted expert on ``demos.episodes`` seeds in the scene folder ``scene`` and keep what succeeds.
+
+    Finished shards in ``out`` are kept, so an interrupted call continues. Returns and writes (demos.json) the facts.
+
+    Raises:
+        SceneError, SimulationError: the environment cannot be built.
+        TrainingError: ``out`` holds shards of other settings, or no episode succeeded.
+    """
+    from gsrl_core.sim.expert import Expert as ScriptedExpert
+    from gsrl_core.sim.gs_env import make_env
+    from gsrl_core.splat.raster import make_rasterizer
+    from gsrl_core.splat.scene import load_scene
+
+    on_gpu = torch.cuda.is_available() and config.sim.rasterizer != "numba"
+    loaded = load_scene(scene).to("cuda" if on_gpu else "cpu")
+    env = make_env(config.sim, loaded, make_rasterizer(config.sim.rasterizer))
+    try:
+        return record_demos(env, ScriptedExpert().act, out, config, reporter)
+    finally:
+        env.close()
+
+
+def record_demos(
+    env: PrivilegedEnv, expert: Expert, out: Path, config: PipelineConfig, reporter: Reporter
+) -> dict[str, Any]:
+    """The part of :func:`collect_demos` that does not care where the environment comes from. Raises TrainingError."""
+    out.mkdir(parents=True, exist_ok=True)
+    demos = config.demos
+    _claim(out, config)
+    first_seeds = range(demos.seed, demos.seed + demos.episodes, env.num_envs)
+    start = time.perf_counter()
+    for done, first in enumerate(first_seeds):
+        if not shard_folder(out, first).is_dir():
+            seeds = list(range(first, first + env.num_envs))
+            episodes = play(env, expert, seeds, demos.action_noise)
+            wanted = demos.seed + demos.episodes
+            write_shard(out, first, [episode for episode in episodes if episode.seed < wanted])
+        reporter.progress((done + 1) / len(first_seeds), f"demonstrations from seed {first}")
+    recorded = load_demonstrations(out)
+    successes = len(recorded.episodes())
+    facts = {
+        "attempts": demos.episodes,
+        "successes": successes,
+        "success_rate": successes / demos.episodes,
+        "frames": len(recorded),
+        "control_hz": env.control_hz,
+        "action_noise": demos.action_noise,
+        "cameras": ", ".join(recorded.rgb),
+    }
+    write_json(out / "demos.json", facts)
+    reporter.metrics(
+        {
+            "demos/success_rate": facts["success_rate"],
+            "demos/frames": facts["frames"],
+            "time/demos": time.perf_counter() - start,
+        },
+        0,
+    )
+    return facts
+
+
+def play(env: PrivilegedEnv, expert: Expert, seeds: list[int], action_noise: float) -> list[Episode]:
+    """One batch of episodes; those that succeed strictly, in the order of their seeds.
+
+    What is executed is disturbed by Normal(0, ``action_noise``) metres on the translation; what is recorded is the
+    expert's own choice in the disturbed state, so the data shows how to recover. The noise of an episode follows from
+    its seed alone.
+    """
+    noise = torch.stack([_disturbance(seed, env.max_episode_steps) for seed in seeds]) * action_noise
+    observation = env.reset(seeds)
+    alive = torch.ones(len(seeds), dtype=torch.bool)
+    rows: list[tuple[Observation, Tensor, Tensor]] = []
+    success = torch.zeros(len(seeds), dtype=torch.bool)
+    for index in range(env.max_episode_steps):
+        clean = expert(env.privileged()).cpu()
+        rows.append((_to_host(observation), clean, alive.clone()))
+        executed = clean.clone()
+        executed[:, :3] += noise[:, index]
+        step: Step = env.step_chunk(executed[:, None])
+        observation = step.observation
+        success = step.success.cpu()
+        alive &= ~(step.terminated | step.truncated).cpu()
+        if not alive.any():
+            break
+    return [_episode(rows, env_index, seed) for env_index, seed in enumerate(seeds) if success[env_index]]
+
+
+def export_lerobot(folder: Path, out: Path, *, repo_id: str = "local/put-cube-on-plate") -> int:
+    """Write demonstrations as a LeRobot v3 dataset (observation.image, observation.state, actions, task).
+
+    Further cameras become ``observation.image.<camera>``. Returns the number of episodes.
+
+    Raises:
+        TrainingError: no demonstrations, or ``out`` exists.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    if out.exists():
+        raise TrainingError(f"{out} exists; a dataset is written to a new folder")
+    demonstrations = load_demonstrations(folder)
+    names = {
+        camera: "observation.image" if index == 0 else f"observation.image.{camera}"
+        for index, camera in enumerate(demonstrations.rgb)
+    }
+    features: dict[str, dict[str, Any]] = {
+        name: {
+            "dtype": "image",
+            "shape": demonstrations.rgb[camera][0].shape[1:],
+            "names": ["height", "width", "channels"],
+        }
+        for camera, name in names.items()
+    }
+    for name, values in (("observation.state", demonstrations.state), ("actions", demonstrations.action)):
+        features[name] = {"dtype": "float32", "shape": (values.shape[1],), "names": None}
+    rate = _recorded_rate(folder)
+    dataset = LeRobotDataset.create(repo_id, rate, features, root=out, robot_type="fr3", use_videos=False)
+    for rows in demonstrations.episodes():
+        pictures = {name: demonstrations.frames(camera, rows) for camera, name in names.items()}
+        task = demonstrations.instructions[int(demonstrations.seed[rows.start])]
+        for index in range(rows.stop - rows.start):
+            dataset.add_frame(
+                {name: frames[index] for name, frames in pictures.items()}
+                | {
+                    "observation.state": demonstrations.state[rows.start + index].numpy(),
+                    "actions": demonstrations.action[rows.start + index].numpy(),
+                    "task": task,
+                }
+            )
+        dataset.save_episode()
+    dataset.finalize()
+    return len(demonstrations.episodes())
+
+
+def _claim(out: Path, config: PipelineConfig) -> None:
+    """Refuse to mix shards of different settings."""
+    settings = {
+        "seed": config.demos.seed,
+        "episodes": config.demos.episodes,
+        "action_noise": config.demos.action_noise,
+        "num_envs": config.sim.num_envs,
+        "sim": config.sim.model_dump(mode="json", exclude={"workers", "rasterizer"}),
+    }
+    path = out / "settings.json"
+    if path.is_file():
+        if json.loads(path.read_text()) != settings:
+            raise TrainingError(f"{out} holds demonstrations of other settings; choose another folder or delete it")
+    else:
+        write_json(path, settings)
+
+
+def _disturbance(seed: int, steps: int) -> Tensor:
+    return torch.randn(steps, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def _to_host(observation: Observation) -> Observation:
+    # Environments may reuse their buffers, so a copy is kept.
+    rgb = {name: image.detach().to("cpu", copy=True) for name, image in observation.rgb.items()}
+    return Observation(rgb, observation.state.detach().to("cpu", copy=True), observation.instruction)
+
+
+def _episode(rows: list[tuple[Observation, Tensor, Tensor]], env_index: int, seed: int) -> Episode:
+    own = [(observation, action) for observation, action, alive in rows if alive[env_index]]
+    return Episode(
+        seed=seed,
+        instruction=own[0][0].instruction[env_index],
+        rgb={
+            camera: np.stack([observation.rgb[camera][env_index].numpy() for observation, _ in own])
+            for camera in own[0][0].rgb
+        },
+        state=np.stack([observation.state[env_index].numpy() for observation, _ in own]),
+        action=np.stack([action[env_index].numpy() for _, action in own]),
+    )
+
+
+def _recorded_rate(folder: Path) -> int:
+    path = folder / "demos.json"
+    if not path.is_file():
+        raise TrainingError(f"{folder} is unfinished (no demos.json); run the same demos command again")
+    return round(json.loads(path.read_text())["control_hz"])
