@@ -204,7 +204,7 @@ class _Trainer:
 
     def _save(self) -> None:
         self._state_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._state_path.with_name(f".state-{uuid.uuid4().hex}")
+        temporary = self._state_path.with_name(f"state-{uuid.uuid4().hex}.tmp")
         state = {
             "step": self.step,
             "config": self.config.model_dump(mode="json"),

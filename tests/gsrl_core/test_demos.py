@@ -1,0 +1,160 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gsrl_core.config import load
+from gsrl_core.demos import export_lerobot, play, record_demos
+from gsrl_core.errors import TrainingError
+from gsrl_core.interfaces import NullReporter, Observation, Step
+from gsrl_core.policy.demonstrations import load_demonstrations
+
+
+class LineEnv:
+    """Drive x to zero by the first action entry; odd seeds cannot succeed. The picture shows the step count."""
+
+    action_dim, control_hz, max_episode_steps = 7, 10.0, 12
+
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+        self.executed = []
+
+    def reset(self, seeds):
+        self.seeds, self.count = torch.tensor(list(seeds)), 0
+        self.x = 0.1 + 0.01 * (self.seeds % 7).float()
+        self.done = torch.zeros(self.num_envs, dtype=torch.bool)
+        return self._observe()
+
+    def privileged(self):
+        return {"x": self.x.clone()}
+
+    def step_chunk(self, actions):
+        self.executed.append(actions.clone())
+        self.x = torch.where(self.done, self.x, self.x + actions[:, 0, 0])
+        self.count += 1
+        success = (self.x.abs() < 0.02) & (self.seeds % 2 == 0)
+        self.done |= success
+        truncated = torch.full_like(success, self.count == self.max_episode_steps) & ~self.done
+        zero = torch.zeros(self.num_envs)
+        return Step(self._observe(), zero, self.done.clone(), truncated, self.done.clone(), self.done, zero.long())
+
+    def render_video_frame(self):
+        return self._observe().rgb["camera"]
+
+    def close(self):
+        pass
+
+    def _observe(self):
+        rgb = torch.full((self.num_envs, 4, 6, 3), self.count, dtype=torch.uint8)
+        state = torch.cat([self.x[:, None], torch.zeros(self.num_envs, 8)], dim=1)
+        return Observation({"camera": rgb}, state, ("go to zero",) * self.num_envs)
+
+
+def expert(state):
+    action = torch.zeros(len(state["x"]), 7)
+    action[:, 0] = (-state["x"]).clamp(-0.02, 0.02)
+    action[:, 6] = 1.0
+    return action
+
+
+def config(**overrides):
+    return load("laptop", {"demos.episodes": 6, "demos.seed": 10, "sim.num_envs": 4} | overrides)
+
+
+def test_clean_actions_are_recorded_and_disturbed_ones_executed():
+    env = LineEnv(2)
+    (episode,) = play(env, expert, [10, 11], action_noise=0.005)
+    assert episode.seed == 10
+    assert episode.instruction == "go to zero"
+    for state, action in zip(episode.state, episode.action, strict=True):
+        np.testing.assert_allclose(action[0], np.clip(-state[0], -0.02, 0.02), atol=1e-7)
+    executed = torch.stack(env.executed)[: len(episode.action), 0, 0].numpy()
+    difference = executed - episode.action
+    assert np.abs(difference[:, :3]).max() > 1e-3
+    assert not difference[:, 3:].any()
+    # Row i is the picture from which action i was chosen.
+    assert [int(frame[0, 0, 0]) for frame in episode.rgb["camera"]] == list(range(len(episode.action)))
+
+
+def test_recording_stops_when_the_episode_ends():
+    short, long = play(LineEnv(2), expert, [14, 20], action_noise=0.0)  # x = 0.10 and 0.16
+    assert len(short.action) == 5
+    assert len(long.action) == 8
+
+
+def test_disturbance_depends_on_the_seed_alone():
+    (alone,) = play(LineEnv(1), expert, [12], action_noise=0.004)
+    among = [e for e in play(LineEnv(3), expert, [10, 12, 14], action_noise=0.004) if e.seed == 12]
+    np.testing.assert_array_equal(alone.state, among[0].state)
+
+
+def test_facts_count_attempts_and_successes(tmp_path):
+    facts = record_demos(LineEnv(4), expert, tmp_path, config(), NullReporter())
+    # Seeds 10..15, of which the even ones succeed; the second batch reaches beyond the range and is cut.
+    assert (facts["attempts"], facts["successes"]) == (6, 3)
+    assert facts["success_rate"] == pytest.approx(0.5)
+    recorded = load_demonstrations(tmp_path)
+    assert sorted(set(recorded.seed.tolist())) == [10, 12, 14]
+    assert facts["frames"] == len(recorded)
+    assert json.loads((tmp_path / "demos.json").read_text()) == facts
+
+
+def test_interrupted_collection_continues(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    record_demos(LineEnv(4), expert, whole, config(), NullReporter())
+
+    class Dying(LineEnv):
+        def reset(self, seeds):
+            if seeds[0] > 10:
+                raise KeyboardInterrupt
+            return super().reset(seeds)
+
+    with pytest.raises(KeyboardInterrupt):
+        record_demos(Dying(4), expert, parts, config(), NullReporter())
+    assert not (parts / "demos.json").exists()
+    resumed = LineEnv(4)
+    record_demos(resumed, expert, parts, config(), NullReporter())
+    assert resumed.seeds.tolist() == [14, 15, 16, 17]
+    assert torch.equal(load_demonstrations(whole).action, load_demonstrations(parts).action)
+
+
+def test_other_settings_do_not_mix(tmp_path):
+    record_demos(LineEnv(4), expert, tmp_path, config(), NullReporter())
+    with pytest.raises(TrainingError, match="other settings"):
+        record_demos(LineEnv(4), expert, tmp_path, config(**{"demos.action_noise": 0.02}), NullReporter())
+
+
+def test_no_success_is_an_error(tmp_path):
+    with pytest.raises(TrainingError, match="no episode"):
+        record_demos(LineEnv(4), lambda state: torch.zeros(4, 7), tmp_path, config(), NullReporter())
+
+
+def test_lerobot_export(tmp_path):
+    pytest.importorskip("lerobot")
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    folder, out = tmp_path / "demos", tmp_path / "lerobot"
+    record_demos(LineEnv(4), expert, folder, config(**{"demos.episodes": 4}), NullReporter())
+    assert export_lerobot(folder, out) == 2
+    ours = load_demonstrations(folder)
+    dataset = LeRobotDataset("local/put-cube-on-plate", root=out)
+    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (2, len(ours), 10)
+    for row in (0, len(ours) - 1):
+        item = dataset[row]
+        torch.testing.assert_close(item["observation.state"], ours.state[row])
+        torch.testing.assert_close(item["actions"], ours.action[row])
+        assert item["task"] == "go to zero"
+        picture = (item["observation.image"] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        np.testing.assert_array_equal(picture, ours.frames("camera", slice(row, row + 1))[0])
+    with pytest.raises(TrainingError, match="exists"):
+        export_lerobot(folder, out)
+
+
+def test_unfinished_folder_is_not_exported(tmp_path):
+    pytest.importorskip("lerobot")
+    folder = tmp_path / "demos"
+    record_demos(LineEnv(4), expert, folder, config(), NullReporter())
+    (folder / "demos.json").unlink()
+    with pytest.raises(TrainingError, match="unfinished"):
+        export_lerobot(folder, tmp_path / "out")
