@@ -64,8 +64,8 @@ def child_environment() -> dict[str, str]:
 
 
 def announce(values: dict[str, Any]) -> None:
-    """In the child: say that it is ready. Later output of any library goes to standard error, so no pipe fills up."""
-    sys.stdout.write(json.dumps(values) + "\n")
+    """In the child: say that it is ready (``pid`` is added). What libraries print later goes to standard error."""
+    sys.stdout.write(json.dumps({"pid": os.getpid(), **values}) + "\n")
     sys.stdout.flush()
     os.dup2(2, 1)
 

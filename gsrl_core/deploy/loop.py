@@ -118,6 +118,7 @@ class _Episode:
     dry_run: bool
     permit: Callable[[], bool]
     _due: float = 0.0
+    _streamed: Setpoint | None = None
     _last_picture: int = 0
     _seen_at: Array | None = None
     _same_pictures: int = 0
@@ -171,7 +172,7 @@ class _Episode:
         return picture, state, answer, 1000.0 * (time.perf_counter() - started)
 
     def _hold_until(self, future: Future[Any], asked: float) -> None:
-        # At least the pending wait of one setpoint, so that stale chunks in a row cannot starve the stream.
+        # At least one setpoint per request, so that a row of stale chunks cannot starve the stream.
         while True:
             self._send(self.envelope.hold())
             if future.done():
@@ -190,19 +191,22 @@ class _Episode:
         return state
 
     def _send(self, setpoint: Setpoint) -> RobotState:
+        # Waiting comes first, so that what was computed since the last setpoint does not delay this one.
+        time.sleep(max(0.0, self._due - time.monotonic()))
+        state = self.robot.read()
+        now = time.monotonic()
+        self.envelope.monitor(state, self._streamed, now)
+        if self._streamed is not None:
+            error = pose_error(self._streamed.pose, state.base_from_tcp)
+            self.log.tracking_mm.append(1000.0 * float(np.linalg.norm(error[:3])))
         if not self.permit():
             raise SafetyError("the dead-man switch was released; the arm was stopped")
         if not self.dry_run:
             self.robot.command(setpoint)
-        # A late setpoint moves the schedule: catching up would replay the motion faster than it was planned.
-        now = time.monotonic()
+            self._streamed = setpoint
         self.log.late_ms.append(1000.0 * max(0.0, now - self._due))
+        # A late setpoint moves the schedule: catching up would replay the motion faster than it was planned.
         self._due = max(self._due, now) + 1.0 / self.envelope.limits.stream_hz
-        time.sleep(max(0.0, self._due - time.monotonic()))
-        state = self.robot.read()
-        self.envelope.monitor(state, None if self.dry_run else setpoint, time.monotonic())
-        error = pose_error(setpoint.pose, state.base_from_tcp)
-        self.log.tracking_mm.append(1000.0 * float(np.linalg.norm(error[:3])))
         return state
 
     def _check_alive(self, picture: Picture, state: RobotState) -> None:

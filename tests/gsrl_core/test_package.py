@@ -1,0 +1,346 @@
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from package_examples import make_bundle, make_inputs
+
+import gsrl_core
+from gsrl_core.config import load
+from gsrl_core.deploy import parity
+from gsrl_core.deploy.camera import CameraCalibration
+from gsrl_core.deploy.child import child_environment
+from gsrl_core.deploy.contract import Contract
+from gsrl_core.deploy.limits import SafetyLimits
+from gsrl_core.deploy.manifest import NAME, check_manifest, write_manifest
+from gsrl_core.deploy.service import PolicyService
+from gsrl_core.errors import GsrlError, PackageError, SafetyError
+from gsrl_core.interfaces import NullReporter
+from gsrl_core.package import build_package, verify_package
+from gsrl_core.package_card import evaluation_table, installed_requirements
+from gsrl_core.package_check import check_steps
+from gsrl_core.package_run import deploy_package, load_served_policy
+
+TOKENIZER = Path(gsrl_core.__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def bundle(inputs, tmp_path_factory):
+    return make_bundle(inputs, tmp_path_factory.mktemp("out") / "bundle")
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def test_the_bundle_holds_everything(bundle, inputs):
+    names = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert names >= {
+        "model.safetensors", "config.json", "tokenizer.model", "assets/fr3/norm_stats.json", "contract.json",
+        "safety.yaml", "calib/camera.json", "parity/vectors.safetensors", "scene/scene.json", "lineage.json",
+        "latency.json", "requirements.lock", "README.md", NAME,
+    }  # fmt: skip
+    for name in ("model.safetensors", "tokenizer.model"):
+        assert (bundle / name).read_bytes() == (inputs / "checkpoint" / name).read_bytes()
+    lineage = json.loads((bundle / "lineage.json").read_text())
+    assert lineage["lineage"] == {"mlflow_run": "0123"}
+    assert set(lineage["inputs"]) == {"checkpoint", "scene", "evaluation"}
+    assert SafetyLimits.load(bundle / "safety.yaml") == load("laptop").release.safety
+    lock = (bundle / "requirements.lock").read_text()
+    assert f"\nnumpy=={np.__version__}\n" in lock
+    assert "\nfranky-control==" in lock
+    assert json.loads((bundle / "latency.json").read_text())["infer_ms"]["p50"] > 0
+
+
+def test_the_manifest_is_sha256sums_format(bundle):
+    lines = (bundle / NAME).read_text().splitlines()
+    listed = dict(reversed(line.split("  ", 1)) for line in lines)
+    assert listed["contract.json"] == hashlib.sha256((bundle / "contract.json").read_bytes()).hexdigest()
+    tool = shutil.which("sha256sum")
+    if tool:
+        subprocess.run([tool, "--check", "--strict", "--quiet", NAME], cwd=bundle, check=True)
+
+
+def test_the_contract_says_what_the_environment_did(bundle):
+    config, contract = load("laptop"), Contract.load(bundle / "contract.json")
+    camera = config.sim.cameras[0]
+    assert (contract.camera.width, contract.camera.height) == (160, 120)
+    np.testing.assert_allclose(contract.camera.K[0][0], camera.fx / 4)
+    np.testing.assert_allclose(contract.camera.K[1][2], camera.cy / 4)
+    pose = np.array(contract.camera.base_from_camera)
+    np.testing.assert_allclose(pose[:3, 3], camera.position, atol=1e-6)
+    # SAPIEN's x axis (forward) is OpenCV's z axis.
+    np.testing.assert_allclose(pose[:3, 2], np.array(camera.rotation)[:, 0], atol=1e-5)
+    assert (contract.horizon, contract.action_chunk, contract.control_hz) == (5, 5, 10)
+    assert contract.action.width(1.0) == 0.08
+    assert contract.action.width(-1.0) == 0.0
+    assert contract.action.width(-0.5) == pytest.approx(0.005)
+    assert contract.action.width(7.0) == 0.08
+
+
+def test_the_card_states_numbers_and_that_hardware_is_open(bundle):
+    card = (bundle / "README.md").read_text()
+    assert "| nominal | 50.0% | 40.2% .. 59.8% | 48 of 96 | 62.5% |" in card
+    assert "Hardware acceptance: not done" in card
+    assert card.startswith("---\nlicense: apache-2.0\n")
+
+
+def flip(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "text"),
+    [
+        (flip, r"altered: model\.safetensors"),
+        (lambda folder: (folder / "safety.yaml").write_text("max_speed: 1.0\n"), r"altered: safety\.yaml"),
+        (lambda folder: (folder / "calib" / "camera.json").unlink(), r"missing: calib/camera\.json"),
+        (lambda folder: (folder / "extra.py").write_text(""), r"not in the manifest: extra\.py"),
+        (lambda folder: (folder / "link").symlink_to("README.md"), "link is a link"),
+        (lambda folder: (folder / NAME).unlink(), "MANIFEST.sha256 is missing"),
+        (lambda folder: (folder / NAME).write_text("nonsense"), "broken"),
+    ],
+)
+def test_tampering_is_found_and_named(copy, tamper, text):
+    tamper(copy)
+    with pytest.raises(PackageError, match=text):
+        check_manifest(copy)
+
+
+def test_a_tampered_package_is_neither_verified_nor_deployed(copy):
+    flip(copy)
+    with pytest.raises(PackageError, match=r"altered: model\.safetensors"):
+        verify_package(copy, False, NullReporter())
+    with pytest.raises(PackageError, match=r"altered: model\.safetensors"):
+        deploy_package(copy, "127.0.0.1", dry_run=True)
+
+
+def test_a_device_needs_a_calibration_of_this_bench(bundle, tmp_path):
+    with pytest.raises(SafetyError, match="--calibration"):
+        deploy_package(bundle, "127.0.0.1", dry_run=True)
+    with pytest.raises(SafetyError, match="not a camera calibration"):
+        deploy_package(bundle, "127.0.0.1", calibration=tmp_path / "none.json", dry_run=True)
+
+
+class Progress(NullReporter):
+    def __init__(self):
+        self.messages = []
+
+    def progress(self, fraction, message):
+        self.messages.append((fraction, message))
+
+
+def test_verification_with_the_emulator(bundle):
+    progress = Progress()
+    findings = verify_package(bundle, True, progress)
+    assert findings["parity_vectors"] == 4
+    assert findings["parity_max_difference"] <= findings["parity_tolerance"]
+    assert findings["color_swap_detected"]
+    assert findings["robot_outcome"] == "completed"
+    assert findings["robot_steps"] == 30
+    assert findings["robot_max_step_m"] <= SafetyLimits().max_step_translation + 1e-9
+    assert findings["robot_travel_m"] > 0.005
+    assert findings["manifest_sha256"] == check_manifest(bundle)
+    assert [fraction for fraction, _ in progress.messages] == sorted(fraction for fraction, _ in progress.messages)
+    assert progress.messages[-1] == (1.0, "verified")
+
+
+def test_weights_that_answer_differently_fail_parity(copy):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(copy / "parity" / "vectors.safetensors")
+    tensors["actions"] = tensors["actions"] + np.float32(1e-3)
+    save_file(tensors, copy / "parity" / "vectors.safetensors")
+    write_manifest(copy)  # as if it had been packaged like this
+    with pytest.raises(PackageError, match=r"parity vector 0: actions differ by 1\.0\de-03"):
+        verify_package(copy, False, NullReporter())
+
+
+def test_a_timeout_is_an_error_and_leaves_no_process(bundle):
+    with pytest.raises(PackageError, match="longer than 0 s"):
+        verify_package(bundle, True, NullReporter(), timeout=0.2)
+
+
+def test_verification_that_crashes_says_so(tmp_path):
+    with pytest.raises(PackageError, match="not a package"):
+        verify_package(tmp_path, False, NullReporter())
+
+
+def test_parity_detects_swapped_colours_other_noise_and_another_horizon(bundle):
+    contract = Contract.load(bundle / "contract.json")
+    vectors = parity.load_vectors(bundle / "parity", contract)
+    service = PolicyService(load_served_policy(bundle, contract.denoise_steps, 5, "float32"), contract)
+    assert parity.check_vectors(service.infer, vectors, contract)["max_difference"] <= 2e-4
+
+    def swapped(request):
+        image = np.ascontiguousarray(request[contract.camera.key][..., ::-1])
+        return service.infer({**request, contract.camera.key: image})
+
+    for answer in (
+        swapped,
+        lambda request: service.infer({**request, "seed": request["seed"] + 1}),
+        lambda request: service.infer({**request, "prompt": "open the drawer"}),
+        lambda request: {"actions": service.infer(request)["actions"] * np.nan},
+    ):
+        with pytest.raises(PackageError, match="actions differ"):
+            parity.check_vectors(answer, vectors, contract)
+    with pytest.raises(PackageError, match=r"chunk of \(4, 7\), expected \(5, 7\)"):
+        parity.check_vectors(lambda request: {"actions": service.infer(request)["actions"][:4]}, vectors, contract)
+    with pytest.raises(PackageError, match="does not fit the contract"):
+        parity.load_vectors(bundle / "parity", contract.model_copy(update={"horizon": 4}))
+
+
+def test_parity_pictures_show_the_scene(bundle):
+    contract = Contract.load(bundle / "contract.json")
+    images = parity.load_vectors(bundle / "parity", contract).images
+    assert images.shape == (4, 120, 160, 3)
+    assert images.std() > 10
+    assert all((images[i] != images[0]).any() for i in range(1, 4))
+
+
+def test_building_is_all_or_nothing(inputs, tmp_path):
+    broken = shutil.copytree(inputs, tmp_path / "inputs")
+    (broken / "scene" / "cube.ply").write_bytes(b"ply\n")
+    out = tmp_path / "out" / "bundle"
+    with pytest.raises(GsrlError):
+        make_bundle(broken, out)
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(PackageError, match="not an empty folder"):
+        make_bundle(inputs, out)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda root: (root / "checkpoint" / "tokenizer.model").unlink(), r"lacks tokenizer\.model"),
+        (lambda root: shutil.rmtree(root / "checkpoint" / "assets"), "has 0 assets"),
+        (lambda root: (root / "evaluation" / "report.json").unlink(), "no readable evaluation report"),
+        (lambda root: (root / "evaluation" / "report.json").write_text('{"cells": []}'), "no cells"),
+        (lambda root: (root / "evaluation" / "report.json").write_text('{"cells": [{"name": "x"}]}'), "success_rate"),
+    ],
+)
+def test_incomplete_inputs_are_named(inputs, tmp_path, damage, text):
+    root = shutil.copytree(inputs, tmp_path / "inputs")
+    damage(root)
+    with pytest.raises(PackageError, match=text):
+        make_bundle(root, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_a_package_cannot_express_is_refused(inputs, tmp_path):
+    camera = load("laptop").sim.cameras[0].model_dump(mode="json")
+    for override, text in (
+        ({"sim.cameras": [camera, {**camera, "name": "second"}]}, "2 cameras"),
+        ({"sim.cameras": [{**camera, "link": "fr3_hand"}]}, "fixed in the base"),
+        ({"sim.control_mode": "pd_joint_delta_pos"}, "pd_ee_target_delta_pose"),
+    ):
+        with pytest.raises(PackageError, match=text):
+            make_bundle(inputs, tmp_path / "bundle", **override)
+
+
+def test_safety_overrides_reach_the_package(inputs, tmp_path):
+    out = make_bundle(inputs, tmp_path / "bundle", **{"release.safety.max_step_translation": 0.005})
+    assert SafetyLimits.load(out / "safety.yaml").max_step_translation == 0.005
+
+
+def recorded(contract, count=5, step=0.01):
+    from gsrl_core.deploy.kinematics import tcp_pose
+
+    q = np.array(contract.start_q)
+    pose = tcp_pose(q)
+    steps = []
+    for k in range(count):
+        target = pose.copy()
+        target[1, 3] += step * k
+        steps.append({"target": target.tolist(), "measured": pose.tolist(), "q": q.tolist()})
+    return steps
+
+
+def test_the_check_of_a_recorded_episode_flags_every_violation(bundle):
+    contract, limits = Contract.load(bundle / "contract.json"), SafetyLimits()
+    assert check_steps(recorded(contract), limits, contract)["step_m"] == pytest.approx(0.01)
+    with pytest.raises(PackageError, match="step of the target"):
+        check_steps(recorded(contract, step=0.05), limits, contract)
+    with pytest.raises(PackageError, match="workspace"):
+        check_steps(recorded(contract, count=40), limits, contract)
+    turned = recorded(contract, step=0.0)
+    angle = 0.2
+    turned[2]["target"] = (
+        np.array(
+            [[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        )
+        @ np.array(turned[2]["target"])
+    ).tolist()
+    turned[2]["target"][0][3], turned[2]["target"][1][3] = turned[1]["target"][0][3], turned[1]["target"][1][3]
+    with pytest.raises(PackageError, match=r"turn of the target \[rad\] reached 0\.2000"):
+        check_steps(turned, limits, contract)
+    bent = recorded(contract)
+    bent[1]["q"] = [3.0, *bent[1]["q"][1:]]
+    with pytest.raises(PackageError, match="joint beyond"):
+        check_steps(bent, limits, contract)
+
+
+def test_serve_runs_as_a_process_and_ends_with_it(bundle):
+    from gsrl_core.deploy.client import PolicyClient
+    from gsrl_core.package_run import serving
+
+    contract = Contract.load(bundle / "contract.json")
+    vectors = parity.load_vectors(bundle / "parity", contract)
+    with serving(bundle) as (host, port), PolicyClient(host, port) as client:
+        client.check(contract)
+        answer = client.infer(vectors.request(0, contract))
+        np.testing.assert_allclose(answer["actions"], vectors.actions[0], atol=2e-4)
+    with pytest.raises(OSError):
+        socket.create_connection((host, port), timeout=1)
+
+
+def test_the_calibration_of_a_larger_camera_is_reduced(bundle, tmp_path):
+    contract = Contract.load(bundle / "contract.json")
+    wanted = CameraCalibration.of(contract.camera)
+    full = CameraCalibration(640, 480, wanted.K * np.array([[4.0], [4.0], [1.0]]), wanted.base_from_camera)
+    full.save(tmp_path / "camera.json")
+    reduced = CameraCalibration.load(tmp_path / "camera.json").resized(160, 120)
+    np.testing.assert_allclose(reduced.K, wanted.K)
+    with pytest.raises(SafetyError, match="shape"):
+        full.resized(160, 160)
+
+
+def test_tables_and_locks_refuse_what_they_cannot_fill():
+    with pytest.raises(PackageError, match="success_rate"):
+        evaluation_table({"cells": [{"name": "nominal"}]})
+    with pytest.raises(PackageError, match="not installed"):
+        installed_requirements("no-such-distribution-here")
+
+
+def test_importing_the_package_module_stays_light():
+    heavy = ("franky", "mani_skill", "sapien", "ray")
+    code = f"import sys, gsrl_core.package; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_existing_empty_folder_is_filled(inputs, tmp_path):
+    out = tmp_path / "bundle"
+    out.mkdir()
+    facts = build_package(inputs / "checkpoint", inputs / "scene", inputs / "evaluation", out, load("laptop"), {})
+    assert facts["manifest_sha256"] == check_manifest(out)
+    assert facts["parity_vectors"] == 4
