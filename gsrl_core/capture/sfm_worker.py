@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pycolmap
 
 _CHUNK_IMAGES = 8
+_PRINCIPAL_POINT_PHOTOS = 10
 _CHUNK_PAIRS = 50
 _STAGES = {"features": (0.0, 0.3), "matching": (0.3, 0.7), "mapping": (0.7, 1.0)}
 
@@ -31,7 +33,10 @@ def main(request_path: str) -> int:
     extract(database, folder, request["groups"])
     names = [name for group in request["groups"] for name in group["names"]]
     match(database, folder, _pairs(database, sorted(names), request), request["seed"])
-    np.savez(folder / "model.npz", **_answer(map_images(database, folder, len(names), request["seed"])))
+    model = map_images(database, folder, len(names), request["seed"])
+    if model is not None:
+        refine_principal_points(model)
+    np.savez(folder / "model.npz", **_answer(model))
     return 0
 
 
@@ -155,6 +160,21 @@ def map_images(database: Path, folder: Path, total: int, seed: int) -> pycolmap.
         database, folder / "images", folder / "models", options, next_image_callback=placed_one
     )
     return max(models.values(), key=lambda model: (model.num_reg_images(), model.num_points3D()), default=None)
+
+
+def refine_principal_points(model: pycolmap.Reconstruction) -> None:
+    """Last bundle adjustment with free principal points, for cameras with enough photos to tell them from rotation."""
+    photos = Counter(model.image(i).camera_id for i in model.reg_image_ids())
+    config = pycolmap.BundleAdjustmentConfig()
+    for image_id in model.reg_image_ids():
+        config.add_image(image_id)
+    for camera_id, count in photos.items():
+        if count < _PRINCIPAL_POINT_PHOTOS:
+            config.set_constant_cam_intrinsics(camera_id)
+    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    options = pycolmap.BundleAdjustmentOptions(refine_principal_point=True, print_summary=False)
+    pycolmap.create_default_bundle_adjuster(options, config, model).solve()
+    model.update_point_3d_errors()
 
 
 def _answer(model: pycolmap.Reconstruction | None) -> dict[str, np.ndarray]:
