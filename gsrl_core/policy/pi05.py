@@ -144,7 +144,7 @@ class Pi05(nn.Module):
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         embedded = self.paligemma.language_model.embed_tokens(tokens).to(self.compute_dtype)
-        return embedded * embedded.new_tensor(math.sqrt(self.config.width))
+        return embedded * math.sqrt(self.config.width)
 
     def _embed_time(self, t: Tensor) -> Tensor:
         wave = sincos_time(t, self.config.expert_width).float()

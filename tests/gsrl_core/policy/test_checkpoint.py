@@ -175,7 +175,7 @@ def test_norm_stats_places(folder, copy, place):
 
 def test_two_norm_stats_are_ambiguous(copy):
     shutil.copy(copy / "assets" / "fr3" / "norm_stats.json", copy / "norm_stats.json")
-    with pytest.raises(CheckpointError, match="several norm_stats.json"):
+    with pytest.raises(CheckpointError, match=r"several norm_stats\.json"):
         read_norm_stats(copy)
 
 
