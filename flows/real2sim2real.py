@@ -101,9 +101,9 @@ def _stages(run: Session, made: dict[str, Artifact]) -> str | None:
         made.update({name: result.artifacts[key] for key, name in renamed.items() if key in result.artifacts})
         return result.blocked
 
+    step(start_policy, {"checkpoint": "start"})  # first, because a wrong name or digest should cost seconds
     if blocked := step(scene, {"scene": "scene", "reconstruction": "reconstruction"}):
         return blocked
-    step(start_policy, {"checkpoint": "start"})
     bench = made["scene"]
     step(sweep, {"evaluation": "before"}, scene_artifact=bench, checkpoint=made["start"], label="sweep-before")
     step(finetune, {"checkpoint": "tuned"}, scene_artifact=bench, checkpoint=made["start"])

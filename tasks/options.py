@@ -33,8 +33,8 @@ GPU_LIMIT = "gpu"
 
 _ROOT = Path(gsrl_core.__file__).parent
 _MODULE_NAME = re.compile(r"^gsrl_core(\.\w+)+$")
-# Values are keyed by section; the rest of these two cannot change what a stage computes.
-_NOT_CODE = {"gsrl_core.config", "gsrl_core.errors"}
+# Values are keyed by section; the rest of these cannot change what a stage computes.
+_NOT_CODE = {"gsrl_core.config", "gsrl_core.errors", "gsrl_core.artifacts"}
 
 
 def _broke_off(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -166,6 +166,7 @@ def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     for key, value in metrics.items():
         client.log_metric(parent_run_id, key, value, model_id=model.model_id)
+    tags["gsrl.model_id"] = model.model_id
     version = client.create_model_version(
         name, package.path.as_uri(), run_id=parent_run_id, tags=tags, model_id=model.model_id
     )
@@ -191,8 +192,11 @@ def set_alias(name: str, label: str, version: str | None) -> None:
 
 
 def unregister(name: str, version: str) -> None:
-    """Remove a version whose release did not complete."""
-    _client().delete_model_version(name, version)
+    """Remove a version whose release did not complete, and its logged model."""
+    client = _client()
+    model_id = client.get_model_version(name, version).tags["gsrl.model_id"]
+    client.delete_model_version(name, version)
+    client.delete_logged_model(model_id)
 
 
 def _open_child(parent_run_id: str, stage: str, tags: Mapping[str, str]) -> StageRun:

@@ -1,0 +1,121 @@
+"""Cache keys: they change with what decides a result and with nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prefect.states import Failed
+
+import gsrl_core
+from gsrl_core.config import load
+from gsrl_core.errors import HubError
+from gsrl_core.hub import InterruptedDownloadError, UnreachableHubError
+from tasks import options
+
+MODULE = "gsrl_core.reconstruct_like"
+
+
+def key(config=None, **changes):
+    values = {
+        "stage": "fit",
+        "inputs": {"capture": "aa", "scene": "bb"},
+        "config": config or load("laptop"),
+        "sections": ("fit", "capture"),
+        "modules": ("gsrl_core.geometry.camera",),
+    }
+    return options.stage_key(**{**values, **changes})
+
+
+def test_a_key_is_stable_and_independent_of_order():
+    assert key() == key()
+    assert key() == key(inputs={"scene": "bb", "capture": "aa"}, sections=("capture", "fit"))
+
+
+def test_a_key_follows_stage_inputs_sections_and_code():
+    keys = {
+        key(),
+        key(stage="other"),
+        key(inputs={"capture": "aa"}),
+        key(inputs={"capture": "bb", "scene": "aa"}),
+        key(config=load("laptop", {"fit.steps": 7})),
+        key(sections=("fit",)),
+        key(modules=()),
+    }
+    assert len(keys) == 7
+
+
+def test_other_sections_do_not_matter():
+    assert key() == key(config=load("laptop", {"ppo.learning_rate": 0.5}))
+
+
+def test_restricted_hides_what_the_key_omits():
+    config = load("laptop", {"ppo.iterations": 3, "sim.num_envs": 8})
+    seen = options.restricted(config, ("ppo",))
+    assert seen.ppo == config.ppo
+    assert seen.sim == type(config.sim)()
+    assert seen.sim != config.sim
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A small gsrl_core: driver -> maths -> (nothing), worker named by text, stranger."""
+    root = tmp_path / "gsrl_core"
+    (root / "sub").mkdir(parents=True)
+    files = {
+        "__init__": "",
+        "driver": "def f():\n    from gsrl_core.sub import maths\n    import gsrl_core.errors\n",
+        "sub/__init__": "",
+        "sub/maths": "import gsrl_core.base\nWORKER = 'gsrl_core.worker'\n",
+        "base": "",
+        "worker": "from gsrl_core import driver\n",
+        "errors": "",
+        "stranger": "",
+    }
+    for name, text in files.items():
+        (root / f"{name}.py").write_text(text)
+    monkeypatch.setattr(options, "_ROOT", root)
+    options._imported.cache_clear()
+    options.code_version.cache_clear()
+    yield root
+    options._imported.cache_clear()
+    options.code_version.cache_clear()
+
+
+def test_code_is_followed_through_imports_names_and_circles(package):
+    assert options._closure("gsrl_core.driver") == {
+        "gsrl_core.driver",
+        "gsrl_core.sub",
+        "gsrl_core.sub.maths",
+        "gsrl_core.base",
+        "gsrl_core.worker",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"), [("base", True), ("worker", True), ("sub/maths", True), ("stranger", False), ("errors", False)]
+)
+def test_the_version_changes_with_the_code_that_is_reached(package, file, changes):
+    before = options.code_version("gsrl_core.driver")
+    with (package / f"{file}.py").open("a") as stream:
+        stream.write("# changed\n")
+    options._imported.cache_clear()
+    options.code_version.cache_clear()
+    assert (options.code_version("gsrl_core.driver") != before) is changes
+
+
+@pytest.mark.parametrize("module", ["finetune", "evaluate", "package", "assemble"])
+def test_the_drivers_reach_the_maths(module):
+    if not (Path(gsrl_core.__file__).parent / f"{module}.py").is_file():
+        pytest.skip(f"gsrl_core.{module} is not there")
+    closure = options._closure(f"gsrl_core.{module}")
+    assert "gsrl_core.geometry.rotation" in closure
+    assert not closure & {"gsrl_core.config", "gsrl_core.artifacts"}
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(InterruptedDownloadError("x"), True), (UnreachableHubError("x"), False), (HubError("x"), False)],
+)
+def test_only_a_broken_transfer_is_tried_again(error, again):
+    assert options._broke_off(None, None, Failed(data=error)) is again
