@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -177,3 +178,17 @@ def test_diverged_training_stops(demos, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="loss is not finite at step 2"):
         run(demos, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):
+    # The meta device refuses to mix with host tensors, as CUDA does.
+    config = SftConfig(steps=2, **SETTINGS)
+    demonstrations = sft_module.load_demonstrations(demos)
+    parts = sft_module._start(None, "pi05_tiny", config, demonstrations, "cpu")
+    normalizers = sft_module.Normalizer(parts.state_stats), sft_module.Normalizer(parts.action_stats)
+    frames = sft_module.FrameSet.build(demonstrations, TINY, parts.tokenizer, normalizers, "cpu")
+    images = {slot: image.to("meta") for slot, image in frames.images.items()}
+    frames = dataclasses.replace(frames, images=images)
+    split = sft_module._split(demonstrations)
+    trainer = sft_module._Trainer(parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter())
+    assert trainer._train_step().device.type == "meta"

@@ -194,3 +194,15 @@ def test_one_gradient_step_raises_the_log_prob(policy):
     optimizer.step()
     with torch.no_grad():
         assert policy.evaluate(sample.chain).log_prob.sum() > before
+
+
+def test_nothing_is_left_on_the_host(policy):
+    # The meta device refuses to mix with host tensors, as CUDA does.
+    policy.network.to("meta")
+    policy.value_head.to("meta")
+    if policy.noise_head is not None:
+        policy.noise_head.to("meta")
+    for explore in (True, False):
+        sample = policy.act(make_observation(3), generator(), explore=explore)
+        assert {tensor.device.type for tensor in (sample.actions, sample.log_prob, sample.value)} == {"meta"}
+        assert all(tensor.device.type == "meta" for tensor in sample.chain.values())
