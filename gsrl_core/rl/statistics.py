@@ -32,19 +32,22 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return low, high
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+Numbers = Sequence[float] | NDArray[np.float64]
+
+
+def pearson(x: Numbers, y: Numbers) -> float:
     """Linear correlation; NaN if either is constant."""
     dx, dy = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)
     scale = np.sqrt((dx**2).sum() * (dy**2).sum())
     return float((dx * dy).sum() / scale) if scale > 0 else float("nan")
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+def spearman(x: Numbers, y: Numbers) -> float:
     """Correlation of ranks, ties sharing their mean rank; NaN if either is constant."""
     return pearson(_ranks(np.asarray(x, float)), _ranks(np.asarray(y, float)))
 
 
-def mean_maximum_rank_violation(real: Sequence[float], sim: Sequence[float]) -> float:
+def mean_maximum_rank_violation(real: Numbers, sim: Numbers) -> float:
     """MMRV: by how much real performance is misjudged by the ranking in simulation; 0 is perfect, range [0, 1].
 
         RankViolation(i, j) = |R_i - R_j| · 1[(S_i < S_j) ≠ (R_i < R_j)]
