@@ -74,12 +74,12 @@ class BatchPhysics:
                 break
             command = torch.from_numpy(actions[:, h, : self._action_dim] * running[:, None]).to(self._base.device)
             *_, info = self._env.step(command)
-            states.executed += running
-            states.elapsed += running
-            states.success_seed |= running & info["success_seed"].cpu().numpy()
+            states.executed[running] += 1
+            states.elapsed[running] += 1
+            states.success_seed[running & info["success_seed"].cpu().numpy()] = 1
             self._record(info, running)
             finished = running & info["success"].cpu().numpy()
-            states.success |= finished
+            states.success[finished] = 1
             running &= ~finished
 
     def close(self) -> None:

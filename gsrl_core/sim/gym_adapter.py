@@ -30,7 +30,7 @@ _GS_KEYS = ("render_interface", "cache_table", "render_bs", "device", "back_grou
 class GSEnvAdapter(gymnasium.Env):
     """Batched like a ManiSkill environment: tensors with a leading ``num_envs``, no automatic reset."""
 
-    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": task.CONTROL_HZ}
 
     def __init__(
         self,

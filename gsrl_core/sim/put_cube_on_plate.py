@@ -186,27 +186,28 @@ class PutCubeOnPlate(BaseEnv):
         self.agent.reset(stacked("qpos"))
         self.cube.set_pose(Pose.create_from_pq(stacked("cube")))
         self.plate.set_pose(Pose.create_from_pq(stacked("plate")))
+        self._before_control_step()
+
+    def _before_control_step(self) -> None:
+        self._cubes_before = self.cube.pose.to_transformation_matrix().cpu().numpy()
 
     def evaluate(self) -> dict[str, Tensor]:
         """Strict ``success``, ``success_seed`` and the parts of strict success, bool [num_envs] each."""
-        plate_force, total_force = self._cube_forces()
-        poses = self.plate.pose.to_transformation_matrix().cpu().numpy()
-        speed = torch.linalg.norm(self.cube.linear_velocity, dim=-1).cpu().numpy()
-        spin = torch.linalg.norm(self.cube.angular_velocity, dim=-1).cpu().numpy()
-        verdicts = [
-            task.judge(
-                task.ObjectState(
-                    cube_position=self.cube.pose.p[i].cpu().numpy(),
-                    plate_position=poses[i, :3, 3],
-                    plate_up=poses[i, :3, 2],
-                    cube_speed=float(speed[i]),
-                    cube_spin=float(spin[i]),
-                    cube_on_plate=bool(plate_force[i]),
-                    cube_elsewhere=bool(total_force[i]),
-                )
+        plate_force, other_force = self._cube_forces()
+        plates, cubes = (body.pose.to_transformation_matrix().cpu().numpy() for body in (self.plate, self.cube))
+        verdicts = []
+        for i in range(self.num_envs):
+            speed, spin = task.mean_speeds(self._cubes_before[i], cubes[i], self.control_timestep)
+            state = task.ObjectState(
+                cube_position=cubes[i, :3, 3],
+                plate_position=plates[i, :3, 3],
+                plate_up=plates[i, :3, 2],
+                cube_speed=speed,
+                cube_spin=spin,
+                cube_on_plate=bool(plate_force[i]),
+                cube_elsewhere=bool(other_force[i]),
             )
-            for i in range(self.num_envs)
-        ]
+            verdicts.append(task.judge(state))
         names = ("success", "success_seed", "inside", "resting", "released", "still")
         return {
             name: torch.tensor([getattr(v, name) for v in verdicts], dtype=torch.bool, device=self.device)

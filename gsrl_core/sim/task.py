@@ -42,9 +42,9 @@ PLATE_MASS_HEIGHT = 0.008
 INSIDE_RADIUS = props.PLATE_RADIUS - props.PLATE_WALL - np.sqrt(2) * props.CUBE_HALF
 """A cube whose centre is this close to the plate's axis lies wholly within the rim, however it is turned (m)."""
 REST_SPEED = 0.02
-"""Linear speed below which an object is at rest (m/s)."""
+"""Mean linear speed over a control step below which an object is at rest (m/s)."""
 REST_SPIN = 0.3
-"""Angular speed below which an object is at rest (rad/s)."""
+"""Mean angular speed over a control step below which an object is at rest (rad/s)."""
 SEED_RADIUS, SEED_HEIGHT = 0.07, 0.07
 """The seed's success: centres within this distance in the plane and this height of each other (m)."""
 
@@ -102,9 +102,9 @@ class ObjectState:
     plate_up: np.ndarray
     """[3]: the plate's z axis in the world."""
     cube_speed: float
-    """m/s."""
+    """Mean over the last control step (m/s), see :func:`mean_speeds`."""
     cube_spin: float
-    """rad/s."""
+    """Mean over the last control step (rad/s)."""
     cube_on_plate: bool
     """The plate presses on the cube."""
     cube_elsewhere: bool
@@ -130,6 +130,19 @@ class Verdict:
     def success(self) -> bool:
         """The cube lies on the plate, released and at rest."""
         return self.inside and self.resting and self.released and self.still
+
+
+def mean_speeds(before: np.ndarray, after: np.ndarray, seconds: float) -> tuple[float, float]:
+    """Linear (m/s) and angular (rad/s) speed between two poses [4, 4].
+
+    Displacement, not PhysX's velocities: the solver reports centimetres per second for bodies that do not move at all
+    while they are pinched or pressed.
+    """
+    turn = after[:3, :3] @ before[:3, :3].T
+    # |R - R^T| gives the sine of the angle, the trace its cosine; together they are accurate at every angle.
+    sine = np.linalg.norm([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
+    angle = np.arctan2(sine, np.trace(turn) - 1)
+    return float(np.linalg.norm(after[:3, 3] - before[:3, 3]) / seconds), float(angle / seconds)
 
 
 def judge(state: ObjectState) -> Verdict:

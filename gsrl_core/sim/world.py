@@ -43,18 +43,20 @@ class World:
     def __init__(self, settings: WorldSettings) -> None:
         self.settings = settings
         self._substeps = settings.sim_hz // settings.control_hz
-        self._kinematics = ArmKinematics(settings.urdf)
         configure_physx(settings.solver_iterations)
         self._robot_builder = robot_builder(settings.urdf)
+        self._kinematics = ArmKinematics(settings.urdf)
         self._plate_parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
         self._bodies: _Bodies | None = None
         self._target = np.eye(4)
+        self._cube_before = np.eye(4)
 
     # ------------------------------------------------------------------ episode
     def reset(self, spec: task.EpisodeSpec) -> None:
         """Start the episode that ``spec`` describes."""
         start = task.start_state(spec)
         self._bodies = self._build(spec, start)
+        self._cube_before = self._cube_pose()
         self.set_qpos(start.qpos)
 
     def set_qpos(self, qpos: np.ndarray) -> None:
@@ -71,6 +73,7 @@ class World:
         component.entity_pose = sapien.Pose(position, (1, 0, 0, 0) if quat is None else quat)
         component.set_linear_velocity(np.zeros(3))
         component.set_angular_velocity(np.zeros(3))
+        self._cube_before = self._cube_pose()
 
     def step(self, action: np.ndarray) -> None:
         """Execute one control step of ``action`` [action_dim] in control units (m, rad; gripper in [-1, 1]).
@@ -82,6 +85,7 @@ class World:
         if not np.isfinite(action).all():
             raise SimulationError(f"action {action} is not finite; the policy diverged")
         self._drive(self._joint_targets(action))
+        self._cube_before = self._cube_pose()
         system = self._scene().system
         for _ in range(self._substeps):
             system.step()
@@ -138,18 +142,22 @@ class World:
         """Success and its parts, now."""
         bodies = self._scene()
         on_plate, elsewhere = self._cube_contacts()
-        cube, plate = bodies.cube, bodies.plate
+        cube, plate = self._cube_pose(), bodies.plate.entity_pose.to_transformation_matrix()
+        speed, spin = task.mean_speeds(self._cube_before, cube, 1 / self.settings.control_hz)
         return task.judge(
             task.ObjectState(
-                cube_position=cube.entity_pose.p,
-                plate_position=plate.entity_pose.p,
-                plate_up=plate.entity_pose.to_transformation_matrix()[:3, 2],
-                cube_speed=float(np.linalg.norm(cube.linear_velocity)),
-                cube_spin=float(np.linalg.norm(cube.angular_velocity)),
+                cube_position=cube[:3, 3],
+                plate_position=plate[:3, 3],
+                plate_up=plate[:3, 2],
+                cube_speed=speed,
+                cube_spin=spin,
                 cube_on_plate=on_plate,
                 cube_elsewhere=elsewhere,
             )
         )
+
+    def _cube_pose(self) -> np.ndarray:
+        return self._scene().cube.entity_pose.to_transformation_matrix()
 
     def _cube_contacts(self) -> tuple[bool, bool]:
         bodies = self._scene()

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from sim_helpers import PoseRasterizer, empty_scene, sim_config
+
+from gsrl_core.sim.expert import Expert
+from gsrl_core.sim.gs_env import make_env
+
+
+def play(sim, seeds, noise=0.0):
+    """Success and length per seed; ``noise`` is the standard deviation of a disturbance of the translations (m)."""
+    expert, generator = Expert(), torch.Generator().manual_seed(0)
+    success, length = [], []
+    with make_env(sim, empty_scene(), PoseRasterizer()) as env:
+        for first in range(0, len(seeds), env.num_envs):
+            env.reset(seeds[first : first + env.num_envs])
+            while True:
+                action = expert.act(env.privileged())
+                action[:, :3] += noise * torch.randn(env.num_envs, 3, generator=generator)
+                step = env.step_chunk(action[:, None])
+                if (step.terminated | step.truncated).all():
+                    break
+            success += step.success.tolist()
+            length += env.elapsed_steps().tolist()
+    return success, length
+
+
+def test_expert_puts_the_cube_on_the_plate_at_laptop_settings():
+    success, length = play(sim_config(num_envs=8, workers=2), list(range(8)))
+    assert all(success)
+    assert max(length) <= 60
+
+
+def test_expert_recovers_from_disturbed_actions():
+    success, _ = play(sim_config(num_envs=8, workers=2), list(range(8)), noise=0.008)
+    assert sum(success) >= 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sim_hz", "iterations"), [(500, 25), (100, 25), (100, 8)])
+def test_expert_succeeds_in_95_of_100_episodes(sim_hz, iterations):
+    sim = sim_config(num_envs=20, workers=2, sim_hz=sim_hz, solver_iterations=iterations)
+    success, length = play(sim, list(range(100)))
+    assert sum(success) >= 75
+    assert max(length) <= 100
+
+
+def state(cube, tcp=(0.45, 0.0, 0.3), plate=(0.45, 0.0, 0.02), finger=0.04):
+    down, upright = (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0)
+    return {
+        "cube_pose": torch.tensor([[*cube, *upright]]),
+        "plate_pose": torch.tensor([[*plate, *upright]]),
+        "tcp_pose": torch.tensor([[*tcp, *down]]),
+        "qpos": torch.tensor([[0.0] * 7 + [finger] * 2]),
+    }
+
+
+def test_phases_follow_from_the_state():
+    expert = Expert()
+    cube = (0.4, 0.2, 0.02)
+    over = expert.act(state(cube, tcp=(0.4, 0.2, 0.12)))[0]
+    assert over[2] < -0.02
+    assert over[:2].abs().max() < 1e-6
+    assert over[6] == 1.0
+    reached = expert.act(state(cube, tcp=cube))[0]
+    assert reached[6] == -0.5
+    grasped = expert.act(state(cube, tcp=cube, finger=0.02))[0]
+    assert grasped[2] > 0.01
+    assert grasped[:2].abs().max() < 1e-6
+    aloft = (0.4, 0.2, 0.15)
+    carried = expert.act(state(aloft, tcp=aloft, finger=0.02))[0]
+    assert carried[1] < -0.02
+    assert carried[6] == -0.5
+    above = (0.45, 0.0, 0.12)
+    lowered = expert.act(state(above, tcp=above, finger=0.02))[0]
+    assert lowered[2] < -0.02
+    assert lowered[6] == -0.5
+    down = (0.45, 0.0, 0.028)
+    assert expert.act(state(down, tcp=down, finger=0.02))[0, 6] == 1.0
+    left = expert.act(state(down, tcp=down, finger=0.03))[0]
+    assert left[2] > 0.01
+    assert left[6] == 1.0
+
+
+def test_actions_are_bounded_and_depend_on_nothing_but_the_state():
+    expert = Expert()
+    far = state((0.5, 0.25, 0.02), tcp=(0.2, -0.3, 0.5))
+    action = expert.act(far)
+    assert action[:, :3].norm() <= expert.max_step + 1e-6
+    assert action[:, 3:6].norm() <= expert.max_turn + 1e-6
+    expert.act(state((0.4, 0.2, 0.02)))
+    assert torch.equal(expert.act(far), action)
+    both = {name: torch.cat([far[name], state((0.4, 0.2, 0.02))[name]]) for name in far}
+    torch.testing.assert_close(expert.act(both)[:1], action)
+
+
+def test_the_hand_turns_to_the_nearest_face_of_a_turned_cube():
+    turned = state((0.4, 0.2, 0.02), tcp=(0.4, 0.2, 0.1))
+    angle = torch.tensor(1.4)  # rad; 90 degrees less 0.17
+    turned["cube_pose"][0, 3:] = torch.tensor([torch.cos(angle / 2), 0, 0, torch.sin(angle / 2)])
+    action = Expert(max_turn=1.0, gain=1.0).act(turned)[0]
+    torch.testing.assert_close(action[3:6], torch.tensor([0, 0, 1.4 - torch.pi / 2]), atol=1e-5, rtol=0)

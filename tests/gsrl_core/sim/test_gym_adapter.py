@@ -1,0 +1,125 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sim_helpers import PoseRasterizer, empty_scene, sim_config
+
+import gsrl_core.sim.gym_adapter  # noqa: F401 (registers)
+from gsrl_core.errors import SimulationError
+from gsrl_core.sim.expert import Expert
+
+
+def make(num_envs=2, gs=None, **kwargs):
+    """The seed's own call, with a scene and a rasterizer in place of its asset folder."""
+    gs_kwargs = {
+        "render_interface": "gs_rlinf",
+        "cache_table": True,
+        "render_bs": 1,
+        "device": "cpu",
+        "scene": empty_scene(),
+        "rasterizer": PoseRasterizer(),
+        "sim": sim_config(workers=2, cameras=(sim_config().cameras[0].model_copy(update={"width": 64, "height": 48}),)),
+    }
+    return gym.make(
+        "GSEnv-PutCubeOnPlate-v0",
+        **{
+            "robot_uids": "my_franka",
+            "render_mode": "rgb_array",
+            "reward_mode": "sparse",
+            "num_envs": num_envs,
+            "control_mode": "pd_ee_target_delta_pose",
+            "obs_mode": "state",
+            "disable_env_checker": True,
+            "gs_kwargs": gs_kwargs | (gs or {}),
+        }
+        | kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = make()
+    yield env
+    env.close()
+
+
+def test_the_seeds_drive_loop_runs(env):
+    observation, info = env.reset(seed=0)
+    assert not info["success"].any()
+    for _ in range(3):
+        image = observation["sensor_data"]["3rd_view_camera"]["rgb"]
+        assert image.numpy().shape == (2, 48, 64, 3)
+        assert image.dtype == torch.uint8
+        assert observation["agent"]["qpos"].shape == (2, 9)
+        action = torch.randn((env.unwrapped.num_envs, 7), device=env.unwrapped.device) * 0.02
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert reward.shape == terminated.shape == truncated.shape == info["success"].shape == (2,)
+    assert info["elapsed_steps"].tolist() == [3, 3]
+    assert env.unwrapped.get_language_instruction() == ["pick up the cube and put it on the plate"] * 2
+    assert env.action_space.shape == (2, 7)
+    assert env.unwrapped.single_action_space.shape == (7,)
+    assert env.render().shape == (2, 48, 64, 3)
+
+
+def test_default_pictures_are_the_seeds_size():
+    env = make(num_envs=1, gs={"sim": sim_config(cameras=type(sim_config())().cameras)})
+    observation, _ = env.reset(seed=0)
+    assert observation["sensor_data"]["3rd_view_camera"]["rgb"].shape == (1, 480, 640, 3)
+    env.close()
+
+
+def test_seeds_and_reset_ids_fix_the_episode(env):
+    def qpos(**kwargs):
+        return env.reset(**kwargs)[0]["agent"]["qpos"]
+
+    first = qpos(seed=[3, 4])
+    assert torch.equal(qpos(seed=3), first)
+    assert torch.equal(qpos(seed=99, options={"reset_state_ids": torch.tensor([3, 4])}), first)
+    assert not torch.equal(qpos(), qpos())
+    with pytest.raises(SimulationError, match="together"):
+        env.reset(seed=1, options={"env_idx": torch.tensor([0])})
+    with pytest.raises(SimulationError, match="seeds"):
+        env.reset(seed=[1, 2, 3])
+
+
+def test_the_expert_scores_through_the_adapter(env):
+    env.reset(seed=0)
+    base, expert, total = env.unwrapped, Expert(), torch.zeros(2)
+    for _ in range(100):
+        _, reward, terminated, truncated, info = env.step(expert.act(base._env.privileged()))
+        total += reward
+        if (terminated | truncated).all():
+            break
+    assert info["success"].all()
+    assert info["success_seed"].all()
+    assert total.tolist() == [1.0, 1.0]
+    assert base.evaluate()["success"].all()
+
+
+def test_reward_mode_none_and_a_single_unbatched_action():
+    env = make(num_envs=1, reward_mode="none")
+    env.reset(seed=0)
+    _, reward, *_ = env.step(np.zeros(7, np.float32))
+    assert reward.tolist() == [0.0]
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"obs_mode": "pointcloud"}, "'state', 'rgb'"),
+        ({"robot_uids": "panda"}, "my_franka"),
+        ({"reward_mode": "dense"}, "'only_success'"),
+        ({"render_mode": "depth_array"}, "rgb_array"),
+        ({"sim_backend": "cuda"}, "physx_cuda"),
+        ({"control_mode": "pd_joint_vel"}, "pd_ee_target_delta_pose"),
+        ({"gs": {"render_interface": "env+gs"}}, "'gs_rlinf', 'gs'"),
+        ({"gs": {"cache_table": False}}, "cache_table"),
+        ({"gs": {"back_ground_file": "x.jpg"}}, "back_ground_file"),
+        ({"gs": {"rendr_bs": 4}}, "rendr_bs"),
+        ({"gs": {"scene": None}}, "scene"),
+    ],
+)
+def test_unsupported_values_say_what_is_allowed(kwargs, message):
+    with pytest.raises(SimulationError, match=message):
+        make(**kwargs)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from gsrl_core.config import EvaluationConfig
+from gsrl_core.errors import SimulationError
+from gsrl_core.sim import task
+from gsrl_core.sim.perturb import PERTURBATIONS, Perturbation, perturbation
+
+
+def test_every_cell_of_the_sweep_exists():
+    for kind in EvaluationConfig().perturbations:
+        assert perturbation(kind).kind == kind
+        assert perturbation(kind) != Perturbation(kind)
+    with pytest.raises(SimulationError, match="lighting"):
+        perturbation("lightning")
+
+
+def test_nominal_changes_nothing():
+    episode = perturbation("nominal").draw(3)
+    assert episode.spec == task.EpisodeSpec(3)
+    assert episode.gain.tolist() == [1, 1, 1]
+    assert torch.equal(episode.camera_motion, torch.eye(4))
+    assert episode.instruction is None
+
+
+@pytest.mark.parametrize("kind", PERTURBATIONS)
+def test_draws_depend_on_the_seed_alone(kind):
+    first, again = perturbation(kind).draw(7), perturbation(kind).draw(7)
+    assert first.spec == again.spec
+    assert first.instruction == again.instruction
+    assert torch.equal(first.gain, again.gain)
+    assert torch.equal(first.camera_motion, again.camera_motion)
+
+
+def test_draws_stay_in_their_ranges_and_differ():
+    lit = torch.stack([perturbation("lighting").draw(seed).gain for seed in range(200)])
+    assert (lit[:, 1] >= 0.6).all()
+    assert (lit[:, 1] <= 1.3).all()
+    tint = lit[:, [0, 2]] / lit[:, 1:2]
+    assert ((tint - 1).abs() <= 0.15 + 1e-6).all()
+    assert lit.std(dim=0).min() > 0.1
+    friction = torch.tensor([perturbation("friction").draw(seed).spec.friction_scale for seed in range(200)])
+    assert 0.4 <= friction.min() < 0.45
+    assert 1.4 < friction.max() <= 1.5
+    moved = torch.stack([perturbation("camera").draw(seed).camera_motion for seed in range(200)])
+    assert moved[:, :3, 3].std() == pytest.approx(0.01, rel=0.15)
+    assert {perturbation("wording").draw(seed).instruction for seed in range(50)} == set(
+        perturbation("wording").instructions
+    )
+
+
+def test_a_disturbance_of_looks_leaves_the_objects_where_they_are():
+    nominal = task.start_state(perturbation("nominal").draw(5).spec)
+    lit = task.start_state(perturbation("lighting").draw(5).spec)
+    assert (nominal.cube == lit.cube).all()
+    wide = task.start_state(perturbation("pose").draw(5).spec)
+    # The same draw, stretched about the centre.
+    assert (wide.cube - task.CUBE_CENTER) == pytest.approx(1.5 * (nominal.cube - task.CUBE_CENTER))
