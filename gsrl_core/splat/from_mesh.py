@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.rotation import matrix_to_quat
@@ -238,12 +238,12 @@ def _cluster(samples: SurfaceSamples, count: int) -> np.ndarray:
         np.minimum(nearest, np.einsum("sd,sd->s", offset, offset), out=nearest)
         seeds[i] = np.argmax(nearest)
     centers = features[seeds]
-    label = cKDTree(centers).query(features)[1]
+    label = KDTree(centers).query(features)[1]
     for _ in range(LLOYD_STEPS):
         size = np.bincount(label, minlength=count)
         total = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=1)
         centers = np.where(size[:, None] > 0, total / size.clip(1)[:, None], centers)
-        label = cKDTree(centers).query(features)[1]
+        label = KDTree(centers).query(features)[1]
     return label
 
 

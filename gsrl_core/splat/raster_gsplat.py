@@ -93,12 +93,13 @@ class GsplatRasterizer:
         if self._cache.get(name, (b"", None))[0] != key:
             gaussians = self._static
             assert gaussians is not None
-            layers = []
+            layers, size = [], (camera.width, camera.height)
             for start in range(0, len(camera), self.environments_per_pass):
                 part = camera.select(slice(start, start + self.environments_per_pass))
                 colors = sh_colors(gaussians.harmonics, gaussians.means - part.centers[:, None])
-                fixed = [tensor.expand(len(part), -1, -1) for tensor in (gaussians.means, gaussians.quats, colors)]
-                layers.append(_draw(gaussians, *fixed, part.world_to_camera, part.K, camera.width, camera.height)[0])
+                means, quats = (tensor.expand(len(part), -1, -1) for tensor in (gaussians.means, gaussians.quats))
+                view, K = part.world_to_camera, part.K
+                layers.append(_draw(gaussians, means, quats, colors.expand_as(means), view, K, *size)[0])
             self._cache[name] = (key, Layer(*(torch.cat(column) for column in zip(*layers, strict=True))))
         return self._cache[name][1]
 
@@ -217,7 +218,7 @@ def _draw(
 
 def _check_backend() -> None:
     try:
-        from gsplat.cuda._backend import _C
+        from gsplat.cuda._backend import _C  # pyright: ignore[reportAttributeAccessIssue]
     except (ImportError, OSError, RuntimeError, IndexError) as error:  # it compiles its kernels when first imported
         raise SceneError(
             f"gsplat's CUDA kernels could not be built or loaded ({type(error).__name__}: {error}); check that nvcc "

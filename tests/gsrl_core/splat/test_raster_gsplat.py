@@ -182,3 +182,14 @@ def test_missing_kernels_are_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "gsplat.cuda._backend", backend)
     with pytest.raises(SceneError, match="rasterizer=numba"):
         raster_gsplat.GsplatRasterizer("cpu")
+
+
+def test_cpu_and_cuda_draw_the_same_picture(scene, poses, make):
+    raster_numba = pytest.importorskip("gsrl_core.splat.raster_numba")
+    poses = poses.clone()
+    poses[:, 0, 2, 3] = -0.3  # the first body lies behind the table
+    cameras = {"shared": camera_from((0.5, 0.4, 0.9)), "own": camera_from((0.5, 0, 1), (0, 0.5, 1), (0.4, -0.4, 1))}
+    on_cpu = raster_numba.NumbaRasterizer().render(scene, poses, cameras)
+    for name, frames in make().render(scene, poses, cameras).items():
+        error = (frames.rgb.cpu().float() - on_cpu[name].rgb.float()) / 255
+        assert -10 * torch.log10(error.square().mean()) > 40
