@@ -141,6 +141,9 @@ def machine_facts() -> dict[str, Any]:
         "processor": torch.cuda.get_device_name(0) if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        # On a busy machine several threads wait for each other; without this the figure cannot be judged.
+        "load_average_1min": os.getloadavg()[0],
     }
 
 

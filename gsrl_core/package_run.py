@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gsrl_core.deploy.camera import CameraCalibration, RobotCamera, VideoCamera
 from gsrl_core.deploy.child import announce, end_with_parent, running_child
 from gsrl_core.deploy.client import PolicyClient
 from gsrl_core.deploy.contract import Contract
 from gsrl_core.deploy.envelope import Envelope
-from gsrl_core.deploy.limits import SafetyLimits
+from gsrl_core.deploy.limits import HAND_MAX_WIDTH, SafetyLimits
 from gsrl_core.deploy.loop import EpisodeLog, run_episode
 from gsrl_core.deploy.manifest import check_manifest
+from gsrl_core.deploy.preflight import check_camera, check_tcp
 from gsrl_core.deploy.robot import FrankyRobot
 from gsrl_core.deploy.server import PolicyServer
 from gsrl_core.deploy.service import PolicyService
@@ -90,7 +93,7 @@ def deploy_package(
     permit: Callable[[], bool] = lambda: True,
     log_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Drive one episode on an arm.
+    """Drive one episode on an arm, after a slow move to the start pose with the hand open.
 
     Args:
         bundle: the package.
@@ -130,6 +133,13 @@ def deploy_package(
                 FrankyRobot(robot_host, limits, realtime) as robot,
             ):
                 client.check(contract)
+                check_tcp(contract, robot.flange_from_tcp)
+                check_camera(contract, camera.calibration)
+                if not dry_run:
+                    if not permit():
+                        raise SafetyError("the dead-man switch is not held; nothing was moved")
+                    robot.move_to(np.array(contract.start_q))
+                    robot.grip(HAND_MAX_WIDTH)
                 envelope = Envelope(limits, contract, robot.q_range)
                 run_episode(
                     robot, client, envelope, camera, contract,

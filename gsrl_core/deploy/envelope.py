@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from gsrl_core.deploy.contract import Contract
 from gsrl_core.deploy.kinematics import damped_inverse, pose_error, solve_ik, tcp_and_jacobian, tcp_pose
 from gsrl_core.deploy.limits import SAFE_Q_MAX, SAFE_Q_MIN, Array, SafetyLimits, velocity_bounds
-from gsrl_core.deploy.robot import RobotState
+from gsrl_core.deploy.robot import AT_REST, RobotState
 from gsrl_core.deploy.smooth import Plan, Setpoint, plan_to
 from gsrl_core.errors import SafetyError
 
@@ -110,10 +110,12 @@ class Envelope:
         """Begin at the measured pose.
 
         Raises:
-            SafetyError: a non-finite state, the TCP outside the workspace, or a joint outside its range.
+            SafetyError: a non-finite state, a moving arm, the TCP outside the workspace, or a joint outside its range.
         """
         if not all(np.isfinite(x).all() for x in (state.q, state.dq, state.base_from_tcp, state.wrench)):
             raise SafetyError("the robot state contains values that are not finite; check the connection")
+        if np.abs(state.dq).max() > AT_REST:
+            raise SafetyError(f"the arm moves ({np.abs(state.dq).max():.3f} rad/s); wait until it stands")
         position = state.base_from_tcp[:3, 3]
         if not np.array_equal(clip_workspace(position, self.limits), position):
             raise SafetyError(

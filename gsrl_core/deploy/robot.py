@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,7 +23,15 @@ from gsrl_core.deploy.limits import (
 from gsrl_core.deploy.smooth import Setpoint
 from gsrl_core.errors import SafetyError
 
+AT_REST = 0.15
+"""Joint speed above which the arm surely moves [rad/s]."""
+_ARRIVED = 5e-3
+_SETTLED_READINGS = 5
+_SETTLE_TIMEOUT = 3.0
 _WIDTH_STEP = 0.004
+_GRIP_STOP_TIMEOUT = 2.0
+# Hands whose last command never ended (connection lost). Freeing one under its running thread crashes the process.
+_UNFINISHED: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,18 @@ class FrankyRobot:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Stop arm and hand. A hand that is still busy is stopped first: franky's future refers to it."""
+        try:
+            self.stop()
+        finally:
+            if self._grip_future is not None and not self._grip_future.wait(0.0):
+                with suppress(self._franky.Exception):
+                    self._gripper.stop()
+                if not self._grip_future.wait(_GRIP_STOP_TIMEOUT):
+                    _UNFINISHED.append((self._gripper, self._grip_future))
 
     def move_to(self, q: Array, *, speed: float = 0.15) -> None:
         """Drive the joints to ``q`` [7] (rad) slowly (``speed``: share of the limits); blocks until there.
@@ -144,6 +164,7 @@ class FrankyRobot:
             self._robot.move(self._franky.JointMotion(self._franky.JointState(list(q)), relative_dynamics_factor=speed))
         except self._franky.Exception as error:
             raise SafetyError(f"the move to the start pose was aborted: {error}") from error
+        self._wait_at(q)
 
     def read(self) -> RobotState:
         """The newest state. Raises SafetyError when the connection is gone."""
@@ -228,6 +249,17 @@ class FrankyRobot:
             tracker.stop()
         except self._franky.Exception as error:
             raise SafetyError(f"robot {self.host}: stopped with {error}") from error
+
+    def _wait_at(self, q: Array) -> None:
+        # By position: a speed signal can chatter while the arm stands (the emulator's does, by 0.08 rad/s).
+        deadline = time.monotonic() + _SETTLE_TIMEOUT
+        arrived = 0
+        while arrived < _SETTLED_READINGS:
+            away = float(np.abs(self.read().q - q).max())
+            arrived = arrived + 1 if away < _ARRIVED else 0
+            if time.monotonic() > deadline:
+                raise SafetyError(f"the arm stopped {away:.3f} rad away from the start pose; check for contact")
+            time.sleep(0.02)
 
     def _cause(self) -> str:
         try:

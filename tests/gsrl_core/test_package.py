@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from package_examples import make_bundle, make_inputs
 import gsrl_core
 from gsrl_core.config import load
 from gsrl_core.deploy import parity
-from gsrl_core.deploy.camera import CameraCalibration
+from gsrl_core.deploy.camera import CameraCalibration, Picture
 from gsrl_core.deploy.child import child_environment
 from gsrl_core.deploy.contract import Contract
+from gsrl_core.deploy.emulator import running_emulator
 from gsrl_core.deploy.limits import SafetyLimits
 from gsrl_core.deploy.manifest import NAME, check_manifest, write_manifest
 from gsrl_core.deploy.service import PolicyService
@@ -24,7 +26,7 @@ from gsrl_core.interfaces import NullReporter
 from gsrl_core.package import build_package, verify_package
 from gsrl_core.package_card import evaluation_table, installed_requirements
 from gsrl_core.package_check import check_steps
-from gsrl_core.package_run import deploy_package, load_served_policy
+from gsrl_core.package_run import deploy_package, load_served_policy, serving
 
 TOKENIZER = Path(gsrl_core.__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
 
@@ -157,6 +159,37 @@ def test_verification_with_the_emulator(bundle):
     assert findings["manifest_sha256"] == check_manifest(bundle)
     assert [fraction for fraction, _ in progress.messages] == sorted(fraction for fraction, _ in progress.messages)
     assert progress.messages[-1] == (1.0, "verified")
+
+
+class NoisyCamera:
+    def __init__(self, contract):
+        self.calibration = CameraCalibration.of(contract.camera)
+        self._rng = np.random.default_rng(0)
+
+    def read(self):
+        shape = (self.calibration.height, self.calibration.width, 3)
+        return Picture(self._rng.integers(256, size=shape, dtype=np.uint8), time.monotonic())
+
+
+def test_deploy_drives_to_the_start_pose_runs_and_writes_its_log(inputs, tmp_path):
+    # Thresholds of a bench computer would trip here, where emulator, server and client share two busy cores.
+    relaxed = {"release.safety.max_state_age": 1.0, "release.safety.max_tracking_error": 0.15}
+    bundle = make_bundle(inputs, tmp_path / "bundle", **relaxed)
+    contract = Contract.load(bundle / "contract.json")
+    elsewhere = np.array(contract.start_q) + np.array([0.1, 0, 0, 0, 0, 0, 0.1])
+    with running_emulator(elsewhere) as host, serving(bundle) as server:
+        options = {"camera": NoisyCamera(contract), "server": server, "realtime": False, "max_steps": 5}
+        dry = deploy_package(bundle, host, **options, dry_run=True, log_path=tmp_path / "dry.json")
+        assert dry["outcome"] == "completed"
+        measured = [step["q"] for step in json.loads((tmp_path / "dry.json").read_text())["steps"]]
+        np.testing.assert_allclose(measured[-1], elsewhere, atol=5e-3)  # nothing moved
+        with pytest.raises(SafetyError, match="not held"):
+            deploy_package(bundle, host, **options, permit=lambda: False)
+        summary = deploy_package(bundle, host, **options, log_path=tmp_path / "log.json")
+    assert summary["outcome"] == "completed"
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["summary"]["steps"] == len(log["steps"]) == 5
+    np.testing.assert_allclose(log["steps"][0]["q"], contract.start_q, atol=0.1)
 
 
 def test_weights_that_answer_differently_fail_parity(copy):
@@ -299,7 +332,6 @@ def test_the_check_of_a_recorded_episode_flags_every_violation(bundle):
 
 def test_serve_runs_as_a_process_and_ends_with_it(bundle):
     from gsrl_core.deploy.client import PolicyClient
-    from gsrl_core.package_run import serving
 
     contract = Contract.load(bundle / "contract.json")
     vectors = parity.load_vectors(bundle / "parity", contract)

@@ -230,6 +230,8 @@ def test_start_is_refused_outside_the_envelope():
         envelope.start(make_state(base_from_tcp=_moved(tcp_pose(START_Q), (0.4, 0, 0))))
     with pytest.raises(SafetyError, match="not finite"):
         envelope.start(make_state(wrench=np.full(6, np.nan)))
+    with pytest.raises(SafetyError, match="arm moves"):
+        envelope.start(make_state(dq=np.full(7, 0.2)))
     with pytest.raises(SafetyError, match="joint 7"):
         envelope.start(make_state(START_Q + np.array([0, 0, 0, 0, 0, 0, 2.2])))
     with pytest.raises(SafetyError, match="TCP"):

@@ -59,6 +59,31 @@ def test_an_episode_on_the_emulator():
         FrankyRobot(host, LIMITS, realtime=False)
 
 
+def test_leaving_while_the_hand_is_busy_does_not_crash():
+    # In a process of its own: the failure would be a segmentation fault, seen once the hand is freed under its thread.
+    code = (
+        "import sys, gc\n"
+        "from gsrl_core.deploy.emulator import running_emulator\n"
+        "from gsrl_core.deploy.limits import SafetyLimits\n"
+        "from gsrl_core.deploy.robot import FrankyRobot\n"
+        "with running_emulator([0, 0.259, 0, -2.289, 0, 2.515, 0.7855], 0.08) as host:\n"
+        "    for _ in range(2):\n"
+        "        with FrankyRobot(host, SafetyLimits(), realtime=False) as robot:\n"
+        "            robot.grip(0.0)\n"
+        "        del robot; gc.collect()\n"
+        "    robot = FrankyRobot(host, SafetyLimits(), realtime=False)\n"
+        "    robot.grip(0.08)\n"
+        "robot.close()\n"
+        "del robot; gc.collect()\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "alive"
+
+
 def test_an_emulator_that_dies_in_mid_episode_ends_in_a_clear_error():
     contract = make_contract(max_episode_steps=200)
     client = ScriptedClient(lambda _: np.array([[0.0] * 7] * 4))
@@ -78,6 +103,7 @@ def test_an_emulator_that_dies_in_mid_episode_ends_in_a_clear_error():
             run_episode(
                 robot, client, Envelope(LIMITS, contract), NoisyCamera(contract), contract, log=log, permit=permit
             )
+        robot.close()
     assert time.monotonic() - started < 15
     assert 3 <= len(log.steps) < 40
     assert "left control" in log.outcome or "old" in log.outcome or "no state" in log.outcome
