@@ -7,6 +7,7 @@ import torch
 
 from gsrl_core import config as configuration
 from gsrl_core.artifacts import write_json
+from gsrl_core.dist.workers import start_ray, stop_ray
 from gsrl_core.errors import ConfigError, PlacementError, TrainingError
 from gsrl_core.finetune import finetune
 from gsrl_core.interfaces import NullReporter
@@ -24,7 +25,12 @@ OVERRIDES = {
 
 @pytest.fixture
 def ray_finds_toy(monkeypatch):
+    # One cluster for all runs of a test: starting Ray costs far more than they do.
     monkeypatch.setenv("PYTHONPATH", RL_TESTS)
+    assert start_ray()
+    yield
+    assert not start_ray(), "a run left the cluster that its caller had joined"
+    stop_ray()
 
 
 class Recorder(NullReporter):
