@@ -177,7 +177,7 @@ def test_deploy_drives_to_the_start_pose_runs_and_writes_its_log(inputs, tmp_pat
     bundle = make_bundle(inputs, tmp_path / "bundle", **relaxed)
     contract = Contract.load(bundle / "contract.json")
     elsewhere = np.array(contract.start_q) + np.array([0.1, 0, 0, 0, 0, 0, 0.1])
-    with running_emulator(elsewhere) as host, serving(bundle) as server:
+    with serving(bundle) as server, running_emulator(elsewhere) as host:
         options = {"camera": NoisyCamera(contract), "server": server, "realtime": False, "max_steps": 5}
         dry = deploy_package(bundle, host, **options, dry_run=True, log_path=tmp_path / "dry.json")
         assert dry["outcome"] == "completed"
