@@ -111,10 +111,11 @@ def load_views(capture: Capture, longest_side: int | None = None) -> tuple[View,
     Raises:
         CaptureError: a file cannot be decoded, or its size is not the one in the capture.
     """
-    return tuple(_load_view(capture, index, longest_side) for index in range(len(capture.images)))
+    return tuple(load_view(capture, index, longest_side) for index in range(len(capture.images)))
 
 
-def _load_view(capture: Capture, index: int, longest_side: int | None) -> View:
+def load_view(capture: Capture, index: int, longest_side: int | None = None) -> View:
+    """One photo of ``load_views``. Raises CaptureError alike."""
     path, camera = capture.images[index], capture.cameras[index]
     image = read_photo(path)
     height, width = image.shape[:2]

@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsrl_core.capture.dataset import Capture, View, load_views
+from gsrl_core.capture.dataset import Capture, load_view
 from gsrl_core.capture.tag_corners import aruco_dictionary, find_tags
 from gsrl_core.capture.triangulation import triangulate, widest_angle
 from gsrl_core.errors import CaptureError
 from gsrl_core.geometry.align import Similarity, plane_frame, robust_similarity
+from gsrl_core.geometry.camera import Camera
 
 MARKERS_FILE = "markers.json"
 # Dictionaries that are tried when only the edge length is known; the small ones are subsets of these.
 _COMMON_DICTIONARIES = ("DICT_4X4_1000", "DICT_5X5_1000", "DICT_6X6_1000", "DICT_7X7_1000", "DICT_APRILTAG_36h11")
+_GUESS_PHOTOS = 8
 _MISPLACED_M = 0.02
 _EDGE_TOLERANCE = 0.02
 _OUTLIER_PX = 3.0
@@ -108,32 +110,34 @@ def _check_square(path: Path, layout: MarkerLayout, tag: int, square: Tensor, co
         )
 
 
-def locate_tags(views: tuple[View, ...], dictionary: str) -> dict[int, TagInScan]:
+def locate_tags(capture: Capture, dictionary: str) -> dict[int, TagInScan]:
     """Find all tags that at least two photos see from directions 3 degrees apart, in the scan frame."""
-    sightings: dict[int, list[tuple[View, np.ndarray]]] = {}
-    for view in views:
+    sightings: dict[int, list[tuple[Camera, np.ndarray]]] = {}
+    for index in range(len(capture.images)):
+        view = load_view(capture, index)
         for tag, corners in find_tags(view.rgb.numpy(), dictionary).items():
-            sightings.setdefault(tag, []).append((view, corners))
+            sightings.setdefault(tag, []).append((view.camera, corners))
     located = {tag: _locate(seen) for tag, seen in sorted(sightings.items())}
     return {tag: found for tag, found in located.items() if found is not None}
 
 
-def _locate(seen: list[tuple[View, np.ndarray]]) -> TagInScan | None:
+def _locate(seen: list[tuple[Camera, np.ndarray]]) -> TagInScan | None:
     """Triangulate the four corners, dropping the photo that fits worst until all agree."""
     while len(seen) >= 2:
-        poses = np.concatenate([view.camera.world_to_camera.double().numpy() for view, _ in seen])
-        K = np.concatenate([view.camera.K.double().numpy() for view, _ in seen])
+        poses = np.concatenate([camera.world_to_camera.double().numpy() for camera, _ in seen])
+        K = np.concatenate([camera.K.double().numpy() for camera, _ in seen])
         pixels = np.stack([corners for _, corners in seen])
         solved = [triangulate(pixels[:, corner], poses, K) for corner in range(4)]
         corners = np.stack([point for point, _ in solved])
         squared = np.stack([(error**2).sum(-1) for _, error in solved]).mean(0)
-        depths = (poses[:, 2:3, :3] @ corners.mean(0) + poses[:, 2:3, 3]).ravel()
+        if squared.max() > _OUTLIER_PX**2:
+            worst = int(squared.argmax())
+            seen = seen[:worst] + seen[worst + 1 :]
+            continue
+        depths = (poses[:, 2, :3] @ corners.mean(0)) + poses[:, 2, 3]
         if (depths <= 0).any() or widest_angle(corners.mean(0), poses) < _MINIMUM_ANGLE_RAD:
             return None
-        if squared.max() <= _OUTLIER_PX**2:
-            return TagInScan(corners, float(np.sqrt(squared.mean())), len(seen))
-        worst = int(squared.argmax())
-        seen = seen[:worst] + seen[worst + 1 :]
+        return TagInScan(corners, float(np.sqrt(squared.mean())), len(seen))
     return None
 
 
@@ -160,7 +164,7 @@ def align_capture(capture: Capture, layout: MarkerLayout | None, marker_size: fl
     if layout is None and marker_size is None:
         note = f"no {MARKERS_FILE} and no marker size: scale unknown"
         return _with_scale(capture, None, _scale_record(None, None, 0, "scan", note))
-    located = _search(load_views(capture), layout)
+    located = locate_tags(capture, layout.dictionary if layout else _guess_dictionary(capture))
     if layout is not None and any(tag in layout.corners for tag in located):
         return _aligned_to_base(capture, layout, located)
     if located:
@@ -169,11 +173,11 @@ def align_capture(capture: Capture, layout: MarkerLayout | None, marker_size: fl
     return _with_scale(capture, None, _scale_record(None, None, 0, "scan", note))
 
 
-def _search(views: tuple[View, ...], layout: MarkerLayout | None) -> dict[int, TagInScan]:
-    if layout is not None:
-        return locate_tags(views, layout.dictionary)
-    found = (locate_tags(views, dictionary) for dictionary in _COMMON_DICTIONARIES)
-    return max(found, key=lambda located: sum(tag.views for tag in located.values()))
+def _guess_dictionary(capture: Capture) -> str:
+    """The common dictionary that finds most tags in a sample of the photos."""
+    every = -(-len(capture.images) // _GUESS_PHOTOS)
+    sample = [load_view(capture, index).rgb.numpy() for index in range(0, len(capture.images), every)]
+    return max(_COMMON_DICTIONARIES, key=lambda name: sum(len(find_tags(rgb, name)) for rgb in sample))
 
 
 def _aligned_to_base(capture: Capture, layout: MarkerLayout, located: Mapping[int, TagInScan]) -> Capture:

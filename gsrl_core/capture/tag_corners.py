@@ -19,6 +19,8 @@ _QUIET_MODULES = 0.45
 """How much of the white border is looked at; printed borders are at least one module wide."""
 _MINIMUM_EXPLAINED = 0.85
 """Share of the patch's variance; less means other pixels than this tag's."""
+_MINIMUM_CONTRAST = 0.005
+"""Standard deviation of linear light over the tag."""
 _LARGEST_STEP_PX, _CONVERGED_PX = 0.6, 0.02
 _SETTLED_PX = 0.1
 
@@ -115,7 +117,9 @@ def _gauss_newton(drawing: _Drawing, patch: np.ndarray, corners: np.ndarray, blu
     widened = (drawing.draw(corners, blur + 0.05)[0][mask] - value) / 0.05 * contrast
     jacobian = np.concatenate([moves, widened[None], light.T]).T
     step = np.linalg.lstsq(jacobian, residual, rcond=None)[0][:9]
-    return step, 1 - float((residual**2).mean() / max(seen.var(), 1e-12))
+    # A flat patch, or one that is brighter where black is printed, explains nothing.
+    plausible = seen.std() > _MINIMUM_CONTRAST and levels[3] > 0
+    return step, 1 - float((residual**2).mean() / seen.var()) if plausible else 0.0
 
 
 class _Drawing:

@@ -72,7 +72,7 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Si
 
 
 def robust_similarity(source: Tensor, target: Tensor, tolerance: float, seed: int = 0, trials: int = 200) -> Similarity:
-    """Umeyama on the largest consensus: RANSAC over triples, then refits on the inliers until they stay the same.
+    """Umeyama on the best consensus: MSAC over triples (Torr and Zisserman 2000), then refits until inliers stay.
 
     Args:
         source: [N, 3].
@@ -85,28 +85,30 @@ def robust_similarity(source: Tensor, target: Tensor, tolerance: float, seed: in
         CaptureError: fewer than three correspondences agree with each other.
     """
     source, target = source.double(), target.double()
-    best = torch.zeros(len(source), dtype=torch.bool)
+    best, lowest_cost = torch.zeros(len(source), dtype=torch.bool), float("inf")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(trials):
         triple = torch.zeros(len(source), dtype=torch.float64)
         triple[torch.randperm(len(source), generator=generator)[:3]] = 1
         try:
-            inliers = _within(umeyama(source, target, triple), source, target, tolerance)
+            distances = _distances(umeyama(source, target, triple), source, target)
         except CaptureError:
             continue
-        if int(inliers.sum()) > int(best.sum()):
-            best = inliers
+        # Truncated squares, not a count: among equally large groups the one that agrees better wins.
+        cost = float(distances.clamp(max=tolerance).square().sum())
+        if cost < lowest_cost:
+            best, lowest_cost = distances <= tolerance, cost
     for _ in range(10):
         estimate = umeyama(source, target, best.double())
-        inliers = _within(estimate, source, target, tolerance)
+        inliers = _distances(estimate, source, target) <= tolerance
         if torch.equal(inliers, best):
             return estimate
         best = inliers
     return umeyama(source, target, best.double())
 
 
-def _within(estimate: Similarity, source: Tensor, target: Tensor, tolerance: float) -> Tensor:
-    return (estimate.apply(source) - target).norm(dim=-1) <= tolerance
+def _distances(estimate: Similarity, source: Tensor, target: Tensor) -> Tensor:
+    return (estimate.apply(source) - target).norm(dim=-1)
 
 
 def plane_frame(points: Tensor, above: Tensor) -> Tensor:

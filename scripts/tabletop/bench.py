@@ -30,9 +30,9 @@ _BOX_CENTER, _BOX_HALF, _BOX_YAW = (0.93, -0.40, 0.10), (0.08, 0.12, 0.10), math
 
 def lights() -> tuple[np.ndarray, float]:
     """Area lights float64 [L, 12] (centre, two edge vectors, colour) and the ambient level."""
-    ceiling = (0.5, 0.5, 2.35, 0.9, 0, 0, 0, 0.5, 0, 2.6, 2.5, 2.3)
-    window = (-1.2, -2.1, 1.5, 1.0, 0, 0, 0, 0, 0.9, 1.5, 1.65, 1.9)
-    return np.array([ceiling, window]), 0.34
+    ceiling = (0.9, 0.8, 2.35, 0.7, 0, 0, 0, 0.4, 0, 2.3, 2.2, 2.0)
+    window = (0.3, -2.1, 1.1, 0.6, 0, 0, 0, 0, 0.5, 3.4, 3.7, 4.2)
+    return np.array([ceiling, window]), 0.26
 
 
 def solids(seed: int) -> list[Solid]:

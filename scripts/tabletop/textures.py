@@ -53,8 +53,24 @@ def _plank(size: tuple[int, int], rng: Rng, base: Color) -> np.ndarray:
     rings = np.sin(2 * np.pi * across * rng.uniform(4, 6))
     grain = smooth_noise(size, (max(2, height // 12), max(2, width // 220)), rng, 3)
     tone = 1 + rng.normal(0, 0.045) + 0.07 * rings + 0.045 * grain
+    tone -= 0.16 * _specks(size, rng, count=size[0] * size[1] // 2600, length=14)
+    tone -= 0.30 * _specks(size, rng, count=size[0] * size[1] // 60_000, length=4)
     hue = np.array(base) + rng.normal(0, 2, 3)
     return tinted(tuple(hue), tone)
+
+
+def _specks(size: tuple[int, int], rng: Rng, count: int, length: int) -> np.ndarray:
+    """Pores and nicks along the grain: short strokes [h, w] in [0, 1]."""
+    marks = np.zeros(size, np.uint8)
+    for x, y, reach, strength in zip(
+        rng.integers(0, size[1], count),
+        rng.integers(0, size[0], count),
+        rng.integers(length // 2, 2 * length, count),
+        rng.integers(90, 255, count),
+        strict=True,
+    ):
+        cv2.line(marks, (int(x), int(y)), (int(x + reach), int(y)), int(strength), 2, cv2.LINE_AA)
+    return cv2.GaussianBlur(marks, (0, 0), 1.0).astype(np.float32) / 255
 
 
 def tiles(size: tuple[int, int], rng: Rng, counts: tuple[int, int], base: Color) -> np.ndarray:

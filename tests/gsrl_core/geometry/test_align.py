@@ -116,3 +116,12 @@ def test_plane_frame_of_tilted_points_is_rigid():
 def test_plane_needs_three_points():
     with pytest.raises(CaptureError, match="three points"):
         plane_frame(SQUARE[:2], torch.ones(3))
+
+
+def test_of_two_equal_groups_the_exact_one_wins():
+    """Three squares; moving one by 0.05 lets it pair with either other within tolerance, but only loosely."""
+    squares = [SQUARE * 0.05 + torch.tensor(place) for place in ((0.0, 0, 0), (0.3, 0, 0), (0.1, 0.25, 0))]
+    target = torch.cat([squares[0], squares[1], squares[2] + torch.tensor([0.05, 0, 0])])
+    estimate = robust_similarity(torch.cat(squares), target, tolerance=0.02)
+    assert estimate.inliers.tolist() == [True] * 8 + [False] * 4
+    assert estimate.scale == pytest.approx(1.0, abs=1e-6)
