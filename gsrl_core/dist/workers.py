@@ -5,6 +5,7 @@ A worker is any object that a picklable factory makes from its rank. What runs a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,11 @@ from typing import Any, Protocol
 
 from gsrl_core.errors import GsrlError, PlacementError, WorkerError
 
+logger = logging.getLogger(__name__)
+
 Factory = Callable[[int], Any]
+
+LOCAL_START_ATTEMPTS = 3
 
 
 class Pending(Protocol):
@@ -243,15 +248,40 @@ def stop_ray() -> None:
 
 
 def start_ray() -> bool:
-    """Join the cluster of RAY_ADDRESS, or start a local one; False if this process is already in one."""
+    """Join the cluster of RAY_ADDRESS, or start a local one; False if this process is already in one.
+
+    Raises:
+        WorkerError: there is no cluster at that address, or a local one does not start.
+    """
     import ray
 
     if ray.is_initialized():
         return False
     # Without it Ray hides all GPUs from actors that did not ask it for some; devices are dealt by placement here.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-    else:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise WorkerError(f"no Ray cluster at RAY_ADDRESS={address}: {error}; start it, or unset it") from error
+        return True
+    _start_local_ray()
     return True
+
+
+def _start_local_ray() -> None:
+    import ray
+
+    # Ray gives its own processes a fixed 30 s to come up, which a busy machine may miss.
+    for attempt in range(1, LOCAL_START_ATTEMPTS + 1):
+        try:
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception as error:  # Ray raises a bare Exception for it
+            ray.shutdown()
+            if attempt == LOCAL_START_ATTEMPTS:
+                raise WorkerError(
+                    f"Ray did not start on this machine in {attempt} attempts ({error}); free some CPU time and "
+                    "memory, or set cluster.runtime to local"
+                ) from error
+            logger.warning("Ray did not start (%s); trying again", error)

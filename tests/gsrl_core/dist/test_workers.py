@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gsrl_core.dist.collective import ProcessGroup, SingleProcess
-from gsrl_core.dist.workers import LocalWorkers, RayWorkers, stop_ray
+from gsrl_core.dist.workers import LocalWorkers, RayWorkers, start_ray, stop_ray
 from gsrl_core.errors import PlacementError, TrainingError, WorkerError
 
 
@@ -86,3 +86,29 @@ def test_ray_workers_share_an_interface_reduce_and_keep_causes():
             RayWorkers("actor", lambda rank: counter(99), [(0,)])
     finally:
         stop_ray()
+
+
+def test_a_ray_that_does_not_start_is_tried_again_and_then_reported(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    calls = []
+
+    def late(**options):
+        calls.append(options)
+        if len(calls) != 2:
+            raise Exception("timed out during startup")
+
+    monkeypatch.setattr(ray, "init", late)
+    assert start_ray() and len(calls) == 2
+    with pytest.raises(WorkerError, match=r"in 3 attempts \(timed out during startup\).*cluster.runtime to local"):
+        start_ray()
+    assert len(calls) == 5
+
+    def absent(**options):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(ray, "init", absent)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.raises(WorkerError, match=r"no Ray cluster at RAY_ADDRESS=192\.0\.2\.1:6379: refused"):
+        start_ray()
