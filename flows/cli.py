@@ -70,12 +70,13 @@ def run(preset: Preset = "laptop", assignments: Assignments = None) -> None:
       real2sim2real run --set assets.capture=my_photos --set ppo.iterations=20
     """
     config = _config(preset, assignments)
-    _prepare()
     from flows.console import progress_shown
-    from flows.real2sim2real import real2sim2real
-    from flows.stages import run_flow
+    from flows.environment import prefect_api
 
-    with progress_shown():
+    with progress_shown(), prefect_api(verbose=_verbose()):
+        from flows.real2sim2real import real2sim2real
+        from flows.stages import run_flow
+
         report = run_flow(real2sim2real, config)
     _print_report(report)
     if report.status != "released":
@@ -140,9 +141,10 @@ def up(
 
     prefect deployment run real2sim2real/laptop -p 'overrides={"ppo.iterations": 4}'
     """
+    from flows.environment import prepare
     from flows.up import serve_all
 
-    _prepare()
+    prepare(verbose=_verbose())
     serve_all(prefect_port, mlflow_port, typer.echo)
 
 
@@ -179,12 +181,13 @@ def _run_stage(
     config = _config(preset, assignments)
     if out is not None:
         _require_new(out)
-    _prepare()
-    from flows import stages
     from flows.console import progress_shown
+    from flows.environment import prefect_api
 
-    inputs = {parameter: _imported(kind, folder) for parameter, (kind, folder) in folders.items() if folder}
-    with progress_shown():
+    with progress_shown(), prefect_api(verbose=_verbose()):
+        from flows import stages
+
+        inputs = {parameter: _imported(kind, folder) for parameter, (kind, folder) in folders.items() if folder}
         made: StageResult = stages.run_flow(getattr(stages, name), config, **inputs)
     if made.blocked:
         raise GateError(made.blocked)
@@ -210,12 +213,8 @@ def _config(preset: str, assignments: list[str] | None) -> PipelineConfig:
     return load(preset, parse_assignments(assignments or []))
 
 
-def _prepare() -> None:
-    from flows import environment
-    from gsrl_core.artifacts import Store
-
-    Store().require_space(environment.MINIMUM_FREE)
-    environment.prepare(verbose="--debug" in sys.argv)
+def _verbose() -> bool:
+    return "--debug" in sys.argv
 
 
 def _require_new(out: Path) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from gsrl_core.artifacts import gsrl_home
+from flows.services import HOST, Services, answers, free_port
+from gsrl_core.artifacts import Store, gsrl_home
 from gsrl_core.errors import ConfigError
 
-# A run needs less than this besides what its own stages write; with less, Prefect's and MLflow's databases fail first.
+# Below this, Prefect's and MLflow's databases fail before a stage does.
 MINIMUM_FREE = 512 * 2**20
-"""Free space below which no run is started [B]."""
+"""Free space without which no run is started [B]."""
 
 
 def services_file() -> Path:
@@ -22,25 +23,41 @@ def services_file() -> Path:
 
 
 def prepare(*, verbose: bool) -> None:
-    """Choose Prefect's home, server and log level, leaving alone what the user has set.
+    """Check the store and choose Prefect's home and log level, leaving alone what the user has set.
 
-    Everything stays below GSRL_HOME, so that the user's own ``~/.prefect`` profile is neither read nor changed. Runs go
-    to the server of ``$PREFECT_API_URL``, else to that of a running ``real2sim2real up``, else to one that lives as
-    long as the run.
+    Everything stays below GSRL_HOME, so that the user's own ``~/.prefect`` profile is neither read nor changed.
 
     Raises:
-        ConfigError: ``$PREFECT_API_URL`` does not answer.
+        ArtifactError: the store cannot be written, or the disk is full.
     """
+    Store().require_space(MINIMUM_FREE)
     defaults = {
         "PREFECT_HOME": str(gsrl_home() / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
         "MLFLOW_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    if any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+        # Prefect's own client talks to loopback.
+        excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [excluded, HOST]))
+
+
+@contextmanager
+def prefect_api(*, verbose: bool) -> Iterator[None]:
+    """A Prefect server for the length of the block: ``$PREFECT_API_URL``, else a running ``up``, else one of our own.
+
+    Our own is Prefect's server application as Prefect's ephemeral mode starts it, but behind a guard: it ends with this
+    process even when that is killed.
+
+    Raises:
+        ConfigError: ``$PREFECT_API_URL`` does not answer.
+        ServiceError: our own server did not start.
+    """
+    prepare(verbose=verbose)
     given = os.environ.get("PREFECT_API_URL")
     if given:
         if not answers(f"{given}/health"):
@@ -48,26 +65,37 @@ def prepare(*, verbose: bool) -> None:
                 f"the Prefect server PREFECT_API_URL={given} does not answer; start it (real2sim2real up), or unset "
                 "PREFECT_API_URL to run without one"
             )
-    elif services := running_services():
-        os.environ["PREFECT_API_URL"] = services["prefect_api"]
-        os.environ.setdefault("GSRL_MLFLOW_UI", services["mlflow"])
+        yield
+    elif running := running_services():
+        os.environ["PREFECT_API_URL"] = running["prefect_api"]
+        os.environ.setdefault("GSRL_MLFLOW_UI", running["mlflow"])
+        yield
     else:
-        os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+        with _own_server() as api:
+            os.environ["PREFECT_API_URL"] = api
+            yield
 
 
 def running_services() -> dict[str, str] | None:
     """Addresses of a running ``up`` on this machine, or None."""
     try:
-        services = json.loads(services_file().read_text())
+        found = json.loads(services_file().read_text())
     except (OSError, ValueError):
         return None
-    return services if answers(f"{services['prefect_api']}/health") else None
+    return found if answers(f"{found['prefect_api']}/health") else None
 
 
-def answers(url: str, timeout_s: float = 5.0) -> bool:
-    """Whether an HTTP GET of ``url`` succeeds."""
+@contextmanager
+def _own_server() -> Iterator[str]:
+    port = free_port()
+    ephemeral = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    services = Services({**os.environ, **ephemeral})
+    services.start(
+        "prefect-run", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", HOST,
+        "--port", str(port), "--log-level", "error", "--lifespan", "on",
+    )  # fmt: skip
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            return response.status < 400
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+        services.wait_for("prefect-run", f"http://{HOST}:{port}/api/health")
+        yield f"http://{HOST}:{port}/api"
+    finally:
+        services.stop()

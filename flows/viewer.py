@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.up import require_free_port
+from flows.services import require_free_port
 from gsrl_core.errors import SceneError
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from gsrl_core.errors import ArtifactError
 
 JsonScalar = str | int | float | bool | None
 
+_ABANDONED_S = 30 * 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -188,8 +190,11 @@ class Store:
             yield
 
     def collect_garbage(self) -> list[Path]:
-        """Remove folders in ``tmp`` whose owner died; returns what was removed. Living owners are left alone."""
-        removed = []
+        """Remove folders in ``tmp`` whose owner died, and workspaces that nobody came back to for a month.
+
+        Living owners are left alone. Returns what was removed.
+        """
+        removed = self._abandoned_workspaces()
         with self.locked("tmp"):
             for folder in sorted((self.root / "tmp").glob("*")):
                 if folder.is_dir() and not _is_owned(folder.with_suffix(".lock")):
@@ -198,6 +203,15 @@ class Store:
             for lock in (self.root / "tmp").glob("*.lock"):
                 if not lock.with_suffix("").exists():
                     lock.unlink(missing_ok=True)
+        return removed
+
+    def _abandoned_workspaces(self) -> list[Path]:
+        removed = []
+        for folder in sorted((self.root / "work").glob("*")):
+            newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - newest > _ABANDONED_S and not _is_owned(self.root / "locks" / f"{folder.name}.lock"):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
         return removed
 
     def require_space(self, needed: int) -> None:

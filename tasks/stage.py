@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,5 +139,7 @@ def _execute(
         shutil.rmtree(workspace, ignore_errors=True)
         reporter.progress(1.0, f"{label}: done")
     finally:
+        with suppress(OSError):
+            workspace.rmdir()  # after a failure: only if the stage left nothing to resume from
         reporter.close()
     return artifact

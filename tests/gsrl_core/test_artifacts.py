@@ -141,6 +141,17 @@ def test_sigkill_while_building_leaves_only_garbage_that_is_collected(store):
     assert not (store.root / "objects").exists()
 
 
+def test_workspaces_are_kept_for_a_month_and_while_somebody_works_in_them(store):
+    old, held, fresh = (store.workspace(name) for name in ("fit-old", "fit-held", "fit-fresh"))
+    (old / "deep").mkdir()
+    for path in (old / "deep", old, held):
+        os.utime(path, (0, 0))
+    with store.locked("fit-held"):
+        assert store.collect_garbage() == [old]
+    assert held.is_dir()
+    assert fresh.is_dir()
+
+
 COMMITTER = """
 import os, sys
 from pathlib import Path
