@@ -18,7 +18,7 @@ import pycolmap
 
 _CHUNK_IMAGES = 8
 _PRINCIPAL_POINT_PHOTOS = 10
-_CHUNK_PAIRS = 50
+_CHUNK_PAIRS = 100
 _STAGES = {"features": (0.0, 0.3), "matching": (0.3, 0.7), "mapping": (0.7, 1.0)}
 
 
