@@ -124,10 +124,14 @@ def plane_frame(points: Tensor, above: Tensor) -> Tensor:
         CaptureError: fewer than three points, or all on a line.
     """
     points, above = points.double(), above.double()
+    if len(points) < 3:
+        raise CaptureError(
+            f"plane: {len(points)} points given; at least three points that are not on a line are needed"
+        )
     origin = points.mean(0)
-    extents, axes = torch.linalg.svd(points - origin, full_matrices=True)[1:] if len(points) >= 3 else (None, None)
-    if extents is None or extents[1] <= _LINE_RATIO * extents[0]:
-        raise CaptureError("plane: at least three points that are not on a line are needed")
+    _, extents, axes = torch.linalg.svd(points - origin, full_matrices=True)
+    if extents[1] <= _LINE_RATIO * extents[0]:
+        raise CaptureError("plane: all points lie on one line; at least three points that are not are needed")
     up = axes[2] * torch.sign(axes[2] @ (above - origin))
     x = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     if (x - (x @ up) * up).norm() < 0.1:
