@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from gsrl_core.errors import ConfigError
 # Below this, Prefect's and MLflow's databases fail before a stage does.
 MINIMUM_FREE = 512 * 2**20
 """Free space without which no run is started [B]."""
+
+_FLUSH_S = 5.0
 
 
 def services_file() -> Path:
@@ -98,4 +101,16 @@ def _own_server() -> Iterator[str]:
         services.wait_for("prefect-run", f"http://{HOST}:{port}/api/health")
         yield f"http://{HOST}:{port}/api"
     finally:
+        _flush()
         services.stop()
+
+
+def _flush() -> None:
+    """Let Prefect's background threads send the last log lines and events while there is a server to receive them."""
+    if "prefect.logging.handlers" not in sys.modules:
+        return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=_FLUSH_S)
+    EventsWorker.drain_all(timeout=_FLUSH_S)

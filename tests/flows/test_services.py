@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -118,7 +119,9 @@ def test_what_the_user_set_is_left_alone(home, monkeypatch, tmp_path):
 
 def test_a_stale_address_file_is_not_believed(home):
     home.mkdir()
-    environment.services_file().write_text('{"prefect_api": "http://127.0.0.1:%d/api", "mlflow": "x"}' % free_port())
+    environment.services_file().write_text(
+        json.dumps({"prefect_api": f"http://127.0.0.1:{free_port()}/api", "mlflow": "x"})
+    )
     assert environment.running_services() is None
     environment.services_file().write_text("{")
     assert environment.running_services() is None
