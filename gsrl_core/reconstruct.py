@@ -1,255 +1,261 @@
-"""Photos of a bench to a metric 3D Gaussian model of it, with its measured quality."""
+"""Photos of a bench -> cameras -> 3D Gaussians, with the quality measured on photos that the fit never saw."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from gsrl_core.artifacts import digest_file, write_json
+from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.capture.dataset import Capture, View, load_transforms, load_views, write_transforms
 from gsrl_core.capture.frames import collect_photos
-from gsrl_core.capture.markers import align_capture, load_layout
+from gsrl_core.capture.markers import MARKERS_FILE, align_capture, load_layout
 from gsrl_core.capture.sfm import estimate_cameras
-from gsrl_core.config import CaptureConfig, FitConfig, section_digest
+from gsrl_core.config import CaptureConfig, FitConfig
 from gsrl_core.errors import SceneError
 from gsrl_core.interfaces import Reporter
-from gsrl_core.splat import quality
-from gsrl_core.splat.fit import FitSettings, Rasterize, TrainingView, fit
+from gsrl_core.splat.fit import FitResult, FitSettings, RasterizeFunction, fit
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import write_ply
+from gsrl_core.splat.quality import LPIPS_REASON, psnr, ssim
 
-WORK = ".work"
-_CAMERAS_SHARE = 0.25
-"""How much of the progress bar the cameras take."""
-_MINIMUM_REGISTERED = 0.8
-_MAXIMUM_REPROJECTION_PX = 1.5
-_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A photo that the fit did not see, and what it drew in its place."""
-
-    name: str
-    photo: Tensor
-    """float32 [h, w, 3]."""
-    render: Tensor
-    """float32 [h, w, 3] in [0, 1]."""
+WORKSPACE = ".work"
+"""Folder inside ``out`` that holds unfinished work; it is gone when ``quality.json`` is complete."""
+REGISTERED_FRACTION = 0.8
+"""Gate: share of the photos that could be placed."""
+PICTURES_SHOWN = 6
+_CAPTURE_SHARE, _FIT_SHARE = 0.15, 0.8
 
 
 def reconstruct(
     photos: Path, out: Path, capture_config: CaptureConfig, fit_config: FitConfig, reporter: Reporter
 ) -> dict[str, Any]:
-    """Fit 3D Gaussians to the photos in a folder (or to a video) and measure the result on photos kept out.
+    """Fit a scene to a folder of photos or a video; called again after a crash, it goes on where it was.
+
+    Writes ``scene.ply`` (metric, in the robot base frame as far as tags tell it, else in the scan frame),
+    ``images/`` and ``transforms.json`` (scan frame), ``photo_render.png`` and, last, ``quality.json``.
 
     Args:
-        photos: folder of photos, with ``markers.json`` if there are tags at known places; or a video.
-        out: gets scene.ply (robot base frame in metres if tags fix it, else the scan frame), images/ (undistorted),
-            transforms.json, quality.json and photo_render.png. ``out/.work`` holds the resumable state until the end.
-        capture_config: photos and tags.
-        fit_config: optimisation and gates.
-        reporter: hears the loss, progress, and the picture.
+        photos: folder of photos, optionally with markers.json, or a video file.
+        out: folder to write.
+        capture_config: sizes, tags, which photos are held out.
+        fit_config: steps, number of Gaussians, gates.
+        reporter: hears progress, metrics and the final pictures.
 
     Returns:
-        What quality.json holds. Gates are evaluated there, and it is for the caller to stop at one that failed.
+        The content of quality.json.
 
     Raises:
-        CaptureError, SceneError: the photos, cameras or tags cannot be used.
+        CaptureError: the photos cannot be read or placed.
+        SceneError: the fit failed, or the backend cannot run here.
     """
-    started = time.monotonic()
-    work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    capture = _cameras(photos, work, capture_config, reporter)
-    views = load_views(capture, capture_config.max_image_side)
-    training, held_out = _split(views, capture_config.held_out_every)
+    begin = time.monotonic()
     rasterize, device = _backend(fit_config.backend)
-    gaussians = _fit(capture, training, fit_config, rasterize, device, work, reporter)
-    checked = [_draw(gaussians, view, rasterize, device) for view in held_out]
-    document = _measure(capture, checked, gaussians, fit_config) | {"seconds": round(time.monotonic() - started, 1)}
-    picture = side_by_side(checked[:_SHOWN])
-    reporter.image("photo_render", picture, fit_config.steps)
-    _write(out, _keep_images(capture, out), gaussians, picture, document)
-    shutil.rmtree(work, ignore_errors=True)
-    return document
+    workspace = out / WORKSPACE
+    workspace.mkdir(parents=True, exist_ok=True)
+    capture = _capture(photos, workspace / "capture", capture_config, reporter)
+    views = load_views(capture, capture_config.max_image_side)
+    held_out, training = split_views(views, capture.residuals["photos"], capture_config.held_out_every)
+    settings = FitSettings(**fit_config.model_dump(exclude={"backend", "min_psnr", "max_scale_residual_mm"}))
+    fitted = fit(
+        training, capture.points, capture.colors, settings, rasterize, workspace, _FitProgress(reporter), device
+    )
+    scores = _scores(fitted.gaussians, held_out, rasterize, device)
+    _write_outputs(out, capture, fitted.gaussians, scores, reporter)
+    quality = _quality(capture, fitted, scores, capture_config, fit_config, time.monotonic() - begin)
+    write_json(out / "quality.json", quality)
+    shutil.rmtree(workspace)
+    reporter.progress(1.0, f"{len(fitted.gaussians)} Gaussians, {len(scores)} photos held out")
+    return quality
 
 
-def side_by_side(pairs: Sequence[HeldOut]) -> Tensor:
-    """Photo left, render right, one row a view; uint8 [h, w, 3], padded with white."""
-    rows = [torch.cat([pair.photo, torch.ones(pair.photo.shape[0], 4, 3), pair.render], 1) for pair in pairs]
-    width = max(row.shape[1] for row in rows)
-    padded = [torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1], 0, 4), value=1.0) for row in rows]
-    return (torch.cat(padded).clamp(0, 1) * 255).round().to(torch.uint8)
+def split_views(views: Sequence[View], photos: Sequence[str], every: int) -> tuple[list[View], list[View]]:
+    """(held out, training): photo 0, ``every``, 2 ``every``, ... of all ``photos`` names are held out.
+
+    Counting all photos, and not those that could be placed, keeps the choice the same from run to run.
+    """
+    names = set(photos[::every])
+    held_out = [view for view in views if view.name in names]
+    return held_out, [view for view in views if view.name not in names]
 
 
-def _cameras(photos: Path, work: Path, config: CaptureConfig, reporter: Reporter) -> Capture:
-    """SfM and alignment, or what an interrupted call of the same photos and settings already found."""
+class _FitProgress:
+    """The fit's part of the progress bar."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._reporter.metrics(values, step)
+
+    def progress(self, fraction: float, message: str) -> None:
+        self._reporter.progress(_CAPTURE_SHARE + _FIT_SHARE * fraction, message)
+
+
+def _backend(name: str) -> tuple[RasterizeFunction, str]:
+    cuda = torch.cuda.is_available()
+    if name == "gsplat" and not cuda:
+        raise SceneError("fit.backend=gsplat needs a CUDA device and PyTorch sees none; use fit.backend=numba (CPU)")
+    if name == "numba" or not cuda:
+        from gsrl_core.splat.raster_numba import rasterize
+
+        return rasterize, "cpu"
+    from gsrl_core.splat.fit_gsplat import rasterize_gsplat
+
+    return rasterize_gsplat, "cuda"
+
+
+def _capture(photos: Path, folder: Path, config: CaptureConfig, reporter: Reporter) -> Capture:
+    """Cameras and tags, from ``folder`` when a killed run left them there for the same photos and settings."""
 
     def progress(fraction: float, message: str) -> None:
-        reporter.progress(_CAMERAS_SHARE * fraction, message)
+        reporter.progress(_CAPTURE_SHARE * fraction, message)
 
-    files = collect_photos(photos, work / "frames", config.max_frames, progress)
-    key = section_digest(config) + "".join(digest_file(path) for path in files)
-    key_file, transforms = work / "cameras.key", work / "transforms.json"
-    if transforms.is_file() and key_file.is_file() and key_file.read_text() == key:
+    files = collect_photos(photos, folder / "frames", config.max_frames, progress)
+    source = photos if photos.is_dir() else photos.parent
+    key = {
+        "photos": {file.name: digest_file(file) for file in [*files, source / MARKERS_FILE] if file.is_file()},
+        "settings": config.model_dump(mode="json", include={"sfm_image_side", "max_frames", "marker_size"}),
+    }
+    key_file, transforms = folder / "key.json", folder / "transforms.json"
+    if transforms.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == key:
         return load_transforms(transforms)
-    capture = estimate_cameras(files, work, config.sfm_image_side, progress=progress)
-    layout = load_layout(photos if photos.is_dir() else photos.parent)
+    layout = load_layout(source)
+    capture = estimate_cameras(files, folder, config.sfm_image_side, progress=progress)
     capture = align_capture(capture, layout, config.marker_size)
+    capture = replace(capture, residuals={**capture.residuals, "photos": sorted(file.name for file in files)})
+    transforms.unlink(missing_ok=True)
+    write_json(key_file, key)
     write_transforms(transforms, capture)
-    key_file.write_text(key)
     return capture
 
 
-def _split(views: Sequence[View], every: int) -> tuple[list[View], list[View]]:
-    held_out = [view for index, view in enumerate(views) if index % every == 0]
-    training = [view for index, view in enumerate(views) if index % every]
-    if not training:
-        raise SceneError(
-            f"{len(views)} photos: none is left to fit after holding out every {every}th; take more photos"
-        )
-    return training, held_out
+class _Score:
+    """One held-out photo beside its rendering."""
 
-
-def _backend(name: str) -> tuple[Rasterize, torch.device]:
-    if name == "gsplat" and not torch.cuda.is_available():
-        raise SceneError("fit.backend=gsplat needs a CUDA device and none is here; use fit.backend=numba or auto")
-    if name == "numba" or not torch.cuda.is_available():
-        from gsrl_core.splat.raster_numba import rasterize
-
-        return rasterize, torch.device("cpu")
-    from gsrl_core.splat.fit_gsplat import rasterize as rasterize_on_gpu
-
-    return rasterize_on_gpu, torch.device("cuda", 0)
-
-
-def _fit(
-    capture: Capture,
-    views: Sequence[View],
-    config: FitConfig,
-    rasterize: Rasterize,
-    device: torch.device,
-    work: Path,
-    reporter: Reporter,
-) -> Gaussians:
-    settings = FitSettings(
-        steps=config.steps,
-        max_gaussians=config.max_gaussians,
-        sh_degree=config.sh_degree,
-        ssim_weight=config.ssim_weight,
-        densify_every=config.densify_every,
-        densify_until=config.densify_until,
-        seed=config.seed,
-    )
-    every = max(1, config.steps // 100)
-
-    def progress(step: int, numbers: Mapping[str, float]) -> None:
-        if step % every == 0 or step == config.steps:
-            reporter.metrics(numbers, step)
-            share = _CAMERAS_SHARE + (1 - _CAMERAS_SHARE) * step / config.steps
-            loss, count = numbers["fit/loss"], int(numbers["fit/gaussians"])
-            reporter.progress(share, f"fit step {step}/{config.steps}, loss {loss:.4f}, {count} Gaussians")
-
-    training = [TrainingView(view.rgb.float() / 255, view.camera) for view in views]
-    return fit(
-        training, capture.points, capture.colors, settings, rasterize, workspace=work, progress=progress, device=device
-    )
+    def __init__(self, view: View, picture: Tensor) -> None:
+        photo = view.rgb.float() / 255
+        self.name, self.psnr, self.ssim = view.name, psnr(picture, photo), float(ssim(picture, photo))
+        self.photo, self.picture = view.rgb, (picture * 255 + 0.5).to(torch.uint8)
 
 
 @torch.no_grad()
-def _draw(gaussians: Gaussians, view: View, rasterize: Rasterize, device: torch.device) -> HeldOut:
-    camera = view.camera.to(device)
-    rgb, _, _, _ = rasterize(
-        *(tensor.to(device) for tensor in gaussians.tensors()),
-        camera.world_to_camera[0],
-        camera.K[0],
-        camera.width,
-        camera.height,
-        torch.zeros(3, device=device),
-    )
-    return HeldOut(view.name, view.rgb.float() / 255, rgb.clamp(0, 1).cpu())
+def _scores(gaussians: Gaussians, views: Sequence[View], rasterize: RasterizeFunction, device: str) -> list[_Score]:
+    placed = gaussians.to(device)
+    scores = []
+    for view in views:
+        camera = view.camera.to(device)
+        rgb = rasterize(
+            *placed.tensors(), camera.world_to_camera[0], camera.K[0], camera.width, camera.height,
+            torch.zeros(3, device=device),
+        )[0]  # fmt: skip
+        scores.append(_Score(view, rgb.clamp(0, 1).cpu()))
+    return scores
 
 
-def _measure(capture: Capture, checked: Sequence[HeldOut], gaussians: Gaussians, config: FitConfig) -> dict[str, Any]:
-    """The fields of quality.json."""
-    mean_psnr = sum(float(quality.psnr(pair.render, pair.photo)) for pair in checked) / len(checked)
-    mean_ssim = sum(float(quality.ssim(pair.render, pair.photo)) for pair in checked) / len(checked)
-    residuals = dict(capture.residuals)
-    document = {
-        "registered": residuals["registered"],
-        "total": residuals["total"],
-        "reprojection_px": residuals["reprojection_px"],
-        "scale": residuals["scale"],
-        "psnr": round(mean_psnr, 3),
-        "ssim": round(mean_ssim, 4),
-        "lpips": None,
-        "lpips_note": "not measured: its network weights are not part of the locked packages",
-        "held_out": [pair.name for pair in checked],
-        "gaussians": len(gaussians),
-    }
-    return document | {"gates": _gates(document, config)}
-
-
-def _gates(document: Mapping[str, Any], config: FitConfig) -> list[dict[str, Any]]:
-    share = document["registered"] / document["total"]
-    residual = document["scale"]["residual_mm"]
-    frame = document["scale"]["frame"]
-    more_overlap = "photograph in small steps around the bench, with more texture in view and no motion blur"
-    tags = "put printed tags on the bench, note their corners in markers.json, and photograph each from several sides"
-    return [
-        _gate("registered", round(share, 3), f">= {_MINIMUM_REGISTERED}", share >= _MINIMUM_REGISTERED, more_overlap),
-        _gate(
-            "reprojection_px",
-            document["reprojection_px"],
-            f"<= {_MAXIMUM_REPROJECTION_PX}",
-            document["reprojection_px"] <= _MAXIMUM_REPROJECTION_PX,
-            "keep focus and zoom fixed while photographing",
-        ),
-        _gate("psnr", document["psnr"], f">= {config.min_psnr}", document["psnr"] >= config.min_psnr, more_overlap),
-        _gate("frame", frame, "== robot_base", frame == "robot_base", tags),
-        _gate(
-            "scale_residual_mm",
-            residual,
-            f"<= {config.max_scale_residual_mm}",
-            residual is not None and residual <= config.max_scale_residual_mm,
-            tags if residual is None else "measure the tags' size and places again, and lay them flat",
-        ),
-    ]
-
-
-def _gate(name: str, value: Any, threshold: str, passed: bool, advice: str) -> dict[str, Any]:
-    return {"name": name, "value": value, "threshold": threshold, "passed": bool(passed), "advice": advice}
-
-
-def _keep_images(capture: Capture, out: Path) -> Capture:
-    """The capture with its undistorted photos moved from the work folder to ``out/images``, names unchanged."""
-    folder = out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = []
+def _write_outputs(
+    out: Path, capture: Capture, gaussians: Gaussians, scores: Sequence[_Score], reporter: Reporter
+) -> None:
+    images = out / "images"
+    images.mkdir(exist_ok=True)
     for image in capture.images:
-        shutil.copyfile(image, folder / image.name)
-        kept.append(folder / image.name)
-    return replace(capture, images=tuple(kept))
+        shutil.copy2(image, images / image.name)
+    kept = replace(capture, images=tuple(images / image.name for image in capture.images))
+    write_transforms(out / "transforms.json", kept)
+    write_ply(out / "scene.ply", in_base_frame(gaussians, capture.base_from_scan))
+    if scores:
+        sheet = photo_beside_render([(score.photo, score.picture) for score in scores[:PICTURES_SHOWN]])
+        content = io.BytesIO()
+        Image.fromarray(sheet.numpy()).save(content, format="PNG")
+        write_bytes(out / "photo_render.png", content.getvalue())
+        reporter.image("photo_render", sheet, 0)
 
 
-def _in_base(gaussians: Gaussians, base_from_scan: Tensor | None) -> Gaussians:
+def in_base_frame(gaussians: Gaussians, base_from_scan: Tensor | None) -> Gaussians:
+    """Gaussians moved by the similarity ``base_from_scan`` [4, 4]; as they are when it is unknown."""
     if base_from_scan is None:
         return gaussians
     scale = float(torch.linalg.det(base_from_scan[:3, :3])) ** (1 / 3)
-    return gaussians.transformed((base_from_scan[:3, :3] / scale).float(), base_from_scan[:3, 3].float(), scale)
+    return gaussians.transformed(base_from_scan[:3, :3] / scale, base_from_scan[:3, 3], scale)
 
 
-def _write(out: Path, capture: Capture, gaussians: Gaussians, picture: Tensor, document: dict[str, Any]) -> None:
-    from PIL import Image
+def photo_beside_render(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One picture uint8 [h, w, 3]: a row for each (photo, render), both uint8 [h, w, 3], padded to one width."""
+    rows = [torch.cat(pair, dim=1) for pair in pairs]
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows])
 
-    write_ply(out / "scene.ply", _in_base(gaussians, capture.base_from_scan))
-    write_transforms(out / "transforms.json", capture)
-    Image.fromarray(picture.numpy()).save(out / "photo_render.png")
-    write_json(out / "quality.json", json.loads(json.dumps(document)))
+
+def _quality(
+    capture: Capture,
+    fitted: FitResult,
+    scores: Sequence[_Score],
+    capture_config: CaptureConfig,
+    fit_config: FitConfig,
+    seconds: float,
+) -> dict[str, Any]:
+    residuals = capture.residuals
+    quality: dict[str, Any] = {key: residuals[key] for key in ("registered", "total", "reprojection_px", "scale")}
+    return quality | {
+        "not_registered": residuals["not_registered"],
+        "psnr": float(np.mean([score.psnr for score in scores])) if scores else None,
+        "ssim": float(np.mean([score.ssim for score in scores])) if scores else None,
+        "lpips": None,
+        "lpips_reason": LPIPS_REASON,
+        "held_out": {score.name: {"psnr": score.psnr, "ssim": score.ssim} for score in scores},
+        "image_side_px": capture_config.max_image_side,
+        "gaussians": len(fitted.gaussians),
+        "steps": fit_config.steps,
+        "fit_seconds": fitted.seconds,
+        "seconds": seconds,
+        "gates": gates(residuals, [score.psnr for score in scores], fit_config),
+    }
+
+
+def gates(residuals: Any, held_out_psnr: Sequence[float], config: FitConfig) -> list[dict[str, Any]]:
+    """What must hold before a robot is put into the scene; each entry has name, value, threshold, passed and advice.
+
+    An unknown value never passes.
+    """
+    scale, total = residuals["scale"], residuals["total"]
+    mean = float(np.mean(held_out_psnr)) if len(held_out_psnr) else None
+    fraction = residuals["registered"] / total
+
+    def gate(name: str, value: Any, threshold: Any, passed: Callable[[Any], bool], advice: str) -> dict[str, Any]:
+        good = value is not None and passed(value)
+        return {"name": name, "value": value, "threshold": threshold, "passed": good, "advice": "" if good else advice}
+
+    return [
+        gate(
+            "registered_fraction", fraction, REGISTERED_FRACTION, lambda value: value >= REGISTERED_FRACTION,
+            f"{total - residuals['registered']} of {total} photos could not be placed; photograph with more overlap "
+            "(60 % between neighbours) or remove the photos named in not_registered",
+        ),
+        gate(
+            "psnr", mean, config.min_psnr, lambda value: value >= config.min_psnr,
+            "raise fit.steps and fit.max_gaussians, keep exposure and white balance fixed while photographing, and "
+            "look at photo_render.png" if mean is not None
+            else "no held-out photo could be placed; lower capture.held_out_every",
+        ),
+        gate(
+            "scale_residual_mm", scale["residual_mm"], config.max_scale_residual_mm,
+            lambda value: value <= config.max_scale_residual_mm,
+            "the tags disagree; measure the edge and corners of the tags again and keep them flat"
+            if scale["residual_mm"] is not None
+            else "the scale is unknown; put ArUco tags on the bench and give capture.marker_size or markers.json",
+        ),
+        gate(
+            "frame", scale["frame"], "robot_base", lambda value: value == "robot_base",
+            "the robot base is not located; give the corners of the tags in the base frame in markers.json",
+        ),
+    ]  # fmt: skip

@@ -1,105 +1,213 @@
-"""Where a fit adds Gaussians and which it drops, under a fixed budget.
-
-Kerbl et al. 2023 add a Gaussian wherever the gradient of its projected centre passes a threshold, which makes their
-number a matter of luck. Here the budget is given and grows steadily (as in Mallick et al. 2024, Taming 3DGS): at each
-densification the Gaussians with the largest accumulated gradient are cloned (small ones) or split (large ones).
-The gradients are sums of absolute values per pixel (Ye et al. 2024, AbsGS), which do not cancel inside a blurred area.
-"""
+"""The set of Gaussians while it is fitted: parameters with their Adam state, growth and pruning."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gsrl_core.errors import SceneError
 from gsrl_core.geometry.rotation import quat_to_matrix
+from gsrl_core.splat.gaussians import Gaussians
 
-MINIMUM_OPACITY = 0.005
-SPLIT_SHRINK = 1.6
-"""A split Gaussian is replaced by two that are this much smaller (Kerbl et al. 2023)."""
-SMALL = 0.01
-"""Gaussians whose largest axis is below this fraction of the scene's extent are cloned, larger ones are split."""
-HUGE = 0.5
-"""Gaussians whose largest axis exceeds this fraction of the extent are dropped."""
+NAMES = ("means", "quats", "log_scales", "logit_opacities", "base", "detail")
+"""Parameters; harmonics are split into their constant (``base`` [N, 1, 3]) and the rest (``detail`` [N, K - 1, 3])."""
+LEARNING_RATES = {
+    "means": 1.6e-4,  # per step and unit of scene extent
+    "quats": 1e-3,
+    "log_scales": 5e-3,
+    "logit_opacities": 5e-2,
+    "base": 2.5e-3,
+    "detail": 2.5e-3 / 20,
+}
+"""Those of 3D Gaussian Splatting (Kerbl et al. 2023)."""
+PRUNE_OPACITY = 0.005
+PRUNE_EXTENT = 1.0
+"""Gaussians with a larger standard deviation than this fraction of the scene's extent are removed."""
 
 
-@dataclass
-class Growth:
-    """Accumulated evidence of where detail is missing."""
+class Trainable:
+    """Parameters of N Gaussians and the optimizer that moves them; N changes."""
 
-    gradient: Tensor
-    """float32 [N]: summed absolute gradients of the projected centres."""
-    seen: Tensor
-    """float32 [N]: in how many pictures."""
+    def __init__(self, gaussians: Gaussians, extent: float) -> None:
+        """Start from ``gaussians``.
+
+        Args:
+            gaussians: with harmonics of the final degree.
+            extent: size of the scene; the means' learning rate is proportional to it.
+        """
+        self.extent = extent
+        values = (*gaussians.tensors()[:4], gaussians.harmonics[:, :1], gaussians.harmonics[:, 1:])
+        rates = dict(LEARNING_RATES)
+        rates["means"] *= extent
+        self.base_rates = rates
+        groups: list[dict[str, Any]] = [
+            {"params": [torch.nn.Parameter(value.detach().clone().contiguous())], "lr": rates[name], "name": name}
+            for name, value in zip(NAMES, values, strict=True)
+        ]
+        self.optimizer = torch.optim.Adam(groups, eps=1e-15, fused=True)
+
+    def __getitem__(self, name: str) -> torch.nn.Parameter:
+        return self._group(name)["params"][0]
+
+    def __len__(self) -> int:
+        return len(self["means"])
+
+    def set_rate(self, name: str, factor: float) -> None:
+        """Set a parameter's learning rate to ``factor`` times its initial one."""
+        self._group(name)["lr"] = self.base_rates[name] * factor
+
+    def harmonics(self, degree: int) -> Tensor:
+        """[N, (degree + 1)^2, 3], differentiable."""
+        if degree == 0:
+            return self["base"]
+        return torch.cat([self["base"], self["detail"][:, : (degree + 1) ** 2 - 1]], dim=1)
+
+    def gaussians(self) -> Gaussians:
+        """A detached copy as plain Gaussians."""
+        harmonics = torch.cat([self["base"], self["detail"]], dim=1)
+        return Gaussians(*(t.detach().clone() for t in (*(self[name] for name in NAMES[:4]), harmonics)))
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the Gaussians in ``index`` (bool [N] or int64) with their optimizer state."""
+        self._replace(lambda value: value[index], lambda state: state[index])
+
+    def split(self, index: Tensor, children: dict[str, Tensor]) -> None:
+        """Replace the Gaussians ``index`` int64 [S] by two each: ``children`` hold [2 S, ...], first halves first.
+
+        The first child takes its parent's place; both start with an empty optimizer state.
+        """
+        count = len(index)
+
+        def grown(name: str) -> Callable[[Tensor], Tensor]:
+            def change(value: Tensor) -> Tensor:
+                value = value.clone()
+                value[index] = children[name][:count]
+                return torch.cat([value, children[name][count:]])
+
+            return change
+
+        def fresh(state: Tensor) -> Tensor:
+            state = state.clone()
+            state[index] = 0
+            return torch.cat([state, state.new_zeros(count, *state.shape[1:])])
+
+        for name in NAMES:
+            self._replace(grown(name), fresh, (name,))
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`restored` needs to continue with the same numbers."""
+        moments = {
+            name: {key: value.clone() for key, value in self.optimizer.state[self[name]].items()} for name in NAMES
+        }
+        return {"values": {name: self[name].detach().clone() for name in NAMES}, "moments": moments}
 
     @staticmethod
-    def empty(count: int, device: torch.device | str = "cpu") -> Growth:
-        """Nothing seen yet of ``count`` Gaussians."""
-        return Growth(torch.zeros(count, device=device), torch.zeros(count, device=device))
+    def restored(state: dict[str, Any], extent: float) -> Trainable:
+        """The set that :meth:`state` described."""
+        values = state["values"]
+        harmonics = torch.cat([values["base"], values["detail"]], dim=1)
+        means, quats, log_scales, logit_opacities = (values[name] for name in NAMES[:4])
+        made = Trainable(Gaussians(means, quats, log_scales, logit_opacities, harmonics), extent)
+        for name in NAMES:
+            if state["moments"][name]:
+                made.optimizer.state[made[name]] = dict(state["moments"][name])
+        return made
 
-    def add(self, absolute_gradient: Tensor, radii: Tensor) -> None:
-        """Count one picture: gradients [N, 2] (px) and radii [N] (px, 0 where not drawn)."""
+    def _group(self, name: str) -> dict[str, Any]:
+        return self.optimizer.param_groups[NAMES.index(name)]
+
+    def _replace(
+        self,
+        change: Callable[[Tensor], Tensor],
+        change_state: Callable[[Tensor], Tensor],
+        names: tuple[str, ...] = NAMES,
+    ) -> None:
+        for name in names:
+            group = self._group(name)
+            old = group["params"][0]
+            new = torch.nn.Parameter(change(old.detach()).contiguous())
+            moments = self.optimizer.state.pop(old, None)
+            if moments:
+                self.optimizer.state[new] = {
+                    key: change_state(value) if value.ndim else value for key, value in moments.items()
+                }
+            group["params"] = [new]
+
+
+class Growth:
+    """Decides which Gaussians are split and which are removed.
+
+    Each Gaussian's score is the mean length of its screen gradient, summed over pixels by absolute value (AbsGS, Ye et
+    al. 2024) so that opposite wishes of its pixels do not cancel. The number of Gaussians follows a budget that rises
+    to ``max_gaussians``, and splits drawn in proportion to the scores fill it (Taming 3DGS, Mallick et al. 2024).
+    """
+
+    def __init__(self, count: int, device: torch.device | str = "cpu") -> None:
+        self.score = torch.zeros(count, device=device)
+        self.seen = torch.zeros(count, device=device)
+
+    def observe(self, gradient: Tensor, radii: Tensor, side: int) -> None:
+        """Add one picture's ``gradient`` [N, 2] (loss per px); ``side`` makes it independent of the resolution (px)."""
         drawn = radii > 0
-        self.gradient += torch.where(drawn, absolute_gradient.norm(dim=-1), self.gradient.new_zeros(()))
+        self.score += torch.where(drawn, gradient.norm(dim=-1) * (0.5 * side), torch.zeros_like(self.score))
         self.seen += drawn
 
-    def score(self) -> Tensor:
-        """Mean gradient per picture [N]."""
-        return self.gradient / self.seen.clamp_min(1)
+    def apply(self, model: Trainable, budget: int, generator: torch.Generator) -> dict[str, int]:
+        """Prune, then split up to ``budget`` Gaussians; returns how many of each and forgets the scores."""
+        keep = torch.sigmoid(model["logit_opacities"].detach()) >= PRUNE_OPACITY
+        keep &= model["log_scales"].detach().amax(-1) <= math.log(PRUNE_EXTENT * model.extent)
+        pruned = int((~keep).sum())
+        if pruned == len(model):
+            raise SceneError(
+                f"fit: all {pruned} Gaussians became transparent or larger than the scene; the cameras do not fit the "
+                "photos (look at transforms.json) or the photos show no texture"
+            )
+        score = (self.score / self.seen.clamp_min(1))[keep]
+        if pruned:
+            model.select(keep)
+        room = min(budget - len(model), int((score > 0).sum()), len(model))
+        if room > 0:
+            index = torch.multinomial(score.cpu(), room, generator=generator).to(score.device)
+            model.split(index, split_along_longest_axis(model, index))
+        self.score, self.seen = (torch.zeros(len(model), device=score.device) for _ in range(2))
+        return {"pruned": pruned, "split": max(room, 0)}
 
 
-def budget(step: int, last_step: int, start: int, limit: int) -> int:
-    """How many Gaussians are allowed at ``step``: from ``start`` to ``limit`` along a concave curve."""
-    progress = min(1.0, step / max(1, last_step))
-    return start + int((limit - start) * math.sqrt(progress))
+def split_along_longest_axis(model: Trainable, index: Tensor) -> dict[str, Tensor]:
+    """Two halves of each Gaussian in ``index`` [S], side by side along its longest axis: name -> [2 S, ...].
 
-
-def kept(log_scales: Tensor, logit_opacities: Tensor, extent: float) -> Tensor:
-    """Bool [N]: neither transparent, nor as large as the scene, nor non-finite."""
-    largest = log_scales.amax(-1).exp()
-    return (torch.sigmoid(logit_opacities) > MINIMUM_OPACITY) & (largest < HUGE * extent)
-
-
-def grow(
-    parameters: dict[str, Tensor], score: Tensor, count: int, extent: float, generator: torch.Generator
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Clone or split the ``count`` Gaussians with the largest score.
-
-    Args:
-        parameters: means [N, 3], quats [N, 4], log_scales [N, 3], logit_opacities [N], and harmonics, leading N.
-        score: [N].
-        count: how many to add.
-        extent: radius of the scene.
-        generator: of the places of the split halves.
-
-    Returns:
-        The parameters, longer by ``count``, and for every row the row it came from, or -1 for a new one (int64).
+    The halves have the parent's second moment: offsets +-d and deviation s' along the axis with d^2 + s'^2 = s^2.
     """
-    chosen = torch.topk(score, min(count, len(score))).indices
-    large = parameters["log_scales"][chosen].amax(-1).exp() > SMALL * extent
-    split, cloned = chosen[large], chosen[~large]
-    grown = {name: value.clone() for name, value in parameters.items()}
-    offsets = _sample(parameters, split, generator), _sample(parameters, split, generator)
-    grown["means"][split] += offsets[0]
-    grown["log_scales"][split] -= math.log(SPLIT_SHRINK)
-    halves = {name: value[split].clone() for name, value in grown.items()}
-    halves["means"] = parameters["means"][split] + offsets[1]
-    # Two copies in place of one: each gets the opacity that together gives the old one (Rota Bulo et al. 2024).
-    halved = torch.logit(1 - torch.sqrt(1 - torch.sigmoid(parameters["logit_opacities"][cloned]).clamp_max(0.999)))
-    grown["logit_opacities"][cloned] = halved
-    copies = {name: value[cloned].clone() for name, value in grown.items()}
-    result = {name: torch.cat([grown[name], halves[name], copies[name]]) for name in parameters}
-    origin = torch.arange(len(result["means"]), device=score.device)
-    origin[len(score) :] = -1
-    origin[split] = -1
-    return result, origin
+    shrink = 0.6
+    parents = {name: model[name].detach()[index] for name in NAMES}
+    scales, axis = parents["log_scales"].exp().max(dim=-1)
+    rotation = quat_to_matrix(parents["quats"])
+    direction = torch.gather(rotation, 2, axis[:, None, None].expand(-1, 3, 1))[..., 0]
+    offset = direction * (scales * math.sqrt(1 - shrink**2))[:, None]
+    log_scales = parents["log_scales"].clone()
+    log_scales.scatter_add_(1, axis[:, None], torch.full_like(scales[:, None], math.log(shrink)))
+    children = {name: torch.cat([value, value]) for name, value in parents.items()}
+    children["means"] = torch.cat([parents["means"] + offset, parents["means"] - offset])
+    children["log_scales"] = torch.cat([log_scales, log_scales])
+    return children
 
 
-def _sample(parameters: dict[str, Tensor], rows: Tensor, generator: torch.Generator) -> Tensor:
-    """A point of each Gaussian's own distribution, relative to its mean [n, 3]."""
-    scales = parameters["log_scales"][rows].exp()
-    normal = torch.randn(scales.shape, generator=generator).to(scales)
-    rotation = quat_to_matrix(parameters["quats"][rows])
-    return (rotation @ (normal * scales)[..., None])[..., 0]
+def budget_at(step: int, start: int, stop: int, initial: int, final: int) -> int:
+    """Number of Gaussians allowed at ``step``: from ``initial`` to ``final`` between ``start`` and ``stop``.
+
+    Quadratic with zero slope at the end (Taming 3DGS, equation 2): most are added early, when they still have time to
+    find their place.
+    """
+    if final <= initial or stop <= start:
+        return initial
+    rest = 1 - min(max((step - start) / (stop - start), 0.0), 1.0)
+    return round(final - (final - initial) * rest**2)

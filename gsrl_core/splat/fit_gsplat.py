@@ -1,12 +1,15 @@
-"""gsplat's rasteriser behind the signature that the fit uses (CUDA)."""
+"""The CUDA rasteriser of the fit: gsplat behind the signature of ``raster_numba.rasterize``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from gsrl_core.splat.constants import EPS2D, FAR_PLANE, NEAR_PLANE, TILE_SIZE
+from gsrl_core.splat.harmonics import sh_degree
 
-def rasterize(
+
+def rasterize_gsplat(
     means: Tensor,
     quats: Tensor,
     log_scales: Tensor,
@@ -18,12 +21,12 @@ def rasterize(
     height: int,
     background: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Draw Gaussians for one camera; arguments and results as :func:`raster_numba.rasterize`."""
-    import gsplat
+    """Draw Gaussians for one camera on a CUDA device; arguments and results as ``raster_numba.rasterize``."""
+    from gsplat import rasterization
 
-    rgb, alpha, info = gsplat.rasterization(
+    drawn, alpha, meta = rasterization(
         means,
-        torch.nn.functional.normalize(quats, dim=-1),
+        quats,
         log_scales.exp(),
         torch.sigmoid(logit_opacities),
         harmonics,
@@ -31,29 +34,15 @@ def rasterize(
         K[None],
         width,
         height,
-        sh_degree=int(harmonics.shape[1] ** 0.5) - 1,
-        backgrounds=torch.cat([background, background.new_zeros(1)])[None],
-        render_mode="RGB+ED",
+        near_plane=NEAR_PLANE,
+        far_plane=FAR_PLANE,
+        eps2d=EPS2D,
+        sh_degree=sh_degree(harmonics.shape[1]),
         packed=False,
+        tile_size=TILE_SIZE,
+        render_mode="RGB+ED",
         absgrad=True,
     )
-    radii = info["radii"][0]
-    means2d = _Projected(info["means2d"])
-    return (
-        rgb[0, ..., :3],
-        alpha[0, ..., 0],
-        rgb[0, ..., 3],
-        {"means2d": means2d, "radii": radii.amax(-1).float() if radii.ndim == 2 else radii.float()},  # type: ignore[dict-item]
-    )
-
-
-class _Projected:
-    """Projected centres whose ``absgrad`` gsplat fills in during backward, without the camera axis."""
-
-    def __init__(self, means2d: Tensor) -> None:
-        self._means2d = means2d
-
-    @property
-    def absgrad(self) -> Tensor:
-        """float32 [N, 2]."""
-        return self._means2d.absgrad[0]  # type: ignore[attr-defined]
+    alpha = alpha[0, ..., 0]
+    rgb = drawn[0, ..., :3] + (1 - alpha)[..., None] * background
+    return rgb, alpha, drawn[0, ..., 3], {"means2d": meta["means2d"], "radii": meta["radii"][0].amax(-1).float()}

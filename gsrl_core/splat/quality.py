@@ -130,6 +130,34 @@ def _down(a: Floats, m: int, v: int, u: int) -> np.float32:
 
 
 @_banded
+def _similarity_row(v: int, r: int, rows: Floats, filtered: Floats, slopes: Floats) -> np.float32:
+    """Sum of SSIM over the windows centred in row ``v``, whose first row of ``rows`` is ``r``; sets their slopes."""
+    count = filtered.shape[1]
+    for m in range(5):
+        for u in range(count):
+            filtered[m, u] = _down(rows, m, r, u)
+    for u in range(count):
+        mx, my = filtered[0, u], filtered[1, u]
+        a1, a2 = F2 * mx * my + FC1, F2 * (filtered[4, u] - mx * my) + FC2
+        b1 = mx * mx + my * my + FC1
+        b2 = filtered[2, u] - mx * mx + filtered[3, u] - my * my + FC2
+        inverse_1, inverse_2 = F1 / b1, F1 / b2
+        inverse = inverse_1 * inverse_2
+        value = a1 * a2 * inverse
+        filtered[0, u] = F2 * (my * (a2 - a1) * inverse + mx * value * (inverse_2 - inverse_1))
+        filtered[1, u] = -value * inverse_2
+        filtered[2, u] = F2 * a1 * inverse
+        filtered[3, u] = value
+    for m in range(3):
+        for u in range(count):
+            slopes[m, v, u + 15] = filtered[m, u]
+    total = F0
+    for u in range(count):
+        total += filtered[3, u]
+    return total
+
+
+@_banded
 def _ssim_band(start: int, stop: int, x: Floats, y: Floats, slopes: Floats, similarity: np.ndarray) -> None:
     """SSIM summed over each row's windows; slopes [3, h, 3 w] by the filtered x, x^2 and x y, 0 at the border."""
     height, columns = x.shape
@@ -155,28 +183,7 @@ def _ssim_band(start: int, stop: int, x: Floats, y: Floats, slopes: Floats, simi
             for u in range(count):
                 rows[2 + m, r, u] = _across(products, m, u)
     for v in range(first, last):
-        for m in range(5):
-            for u in range(count):
-                filtered[m, u] = _down(rows, m, v - first, u)
-        for u in range(count):
-            mx, my = filtered[0, u], filtered[1, u]
-            a1, a2 = F2 * mx * my + FC1, F2 * (filtered[4, u] - mx * my) + FC2
-            b1 = mx * mx + my * my + FC1
-            b2 = filtered[2, u] - mx * mx + filtered[3, u] - my * my + FC2
-            inverse_1, inverse_2 = F1 / b1, F1 / b2
-            inverse = inverse_1 * inverse_2
-            value = a1 * a2 * inverse
-            filtered[0, u] = F2 * (my * (a2 - a1) * inverse + mx * value * (inverse_2 - inverse_1))
-            filtered[1, u] = -value * inverse_2
-            filtered[2, u] = F2 * a1 * inverse
-            filtered[3, u] = value
-        for m in range(3):
-            for u in range(count):
-                slopes[m, v, u + 15] = filtered[m, u]
-        total = F0
-        for u in range(count):
-            total += filtered[3, u]
-        similarity[v] = total
+        similarity[v] = _similarity_row(v, v - first, rows, filtered, slopes)
 
 
 @_banded
