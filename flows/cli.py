@@ -202,7 +202,7 @@ def _run_stage(
 def _imported(kind: str, folder: Path) -> Artifact:
     """Bring a user's folder into the store, so that what is used is what its digest says."""
     from gsrl_core.artifacts import Store
-    from gsrl_core.hub import import_folder
+    from gsrl_core.folders import import_folder
 
     return import_folder(folder, kind, Store())
 

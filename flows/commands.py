@@ -30,7 +30,7 @@ def scene(
     """
     from flows.console import ConsoleReporter, progress_shown
     from gsrl_core.config import load, parse_assignments
-    from gsrl_core.hub import locate_capture
+    from gsrl_core.folders import locate_capture
 
     overrides = parse_assignments(assignments or [])
     if marker_size is not None:
@@ -38,9 +38,8 @@ def scene(
     config = load(preset, overrides)
     source = locate_capture(str(photos))
     with progress_shown():
-        from gsrl_core.reconstruct import reconstruct
-
         from gsrl_core.artifacts import full_disk_is_an_error
+        from gsrl_core.reconstruct import reconstruct
 
         with full_disk_is_an_error(out):
             quality = reconstruct(source, out, config.capture, config.fit, ConsoleReporter("scene"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gsrl_core import hub_local
 from gsrl_core.artifacts import Artifact, Store, digest_file, digest_folder
-from gsrl_core.errors import ArtifactError, CaptureError, HubError
+from gsrl_core.errors import HubError
+from gsrl_core.folders import BUNDLED, bundled_folder, copy_folder
 
 if TYPE_CHECKING:  # interfaces imports torch, which fetching does not need
     from gsrl_core.interfaces import Reporter
@@ -24,8 +23,6 @@ RepoType = Literal["model", "dataset"]
 _TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_BUNDLED = "bundled:"
-_IGNORED = {".git", ".gitattributes", ".cache", "__pycache__"}
 
 
 class InterruptedDownloadError(HubError):
@@ -59,7 +56,7 @@ def resolve(reference: str, revision: str, store: Store, repo_type: RepoType = "
         HubError: unknown bundled name, missing folder, malformed id, unknown repository or revision, or an
             unreachable hub with nothing cached.
     """
-    if reference.startswith(_BUNDLED):
+    if reference.startswith(BUNDLED):
         return Source(reference, "bundled", digest_folder(bundled_folder(reference)))
     folder = Path(reference).expanduser()
     if folder.is_dir():
@@ -102,60 +99,13 @@ def fetch_into(
     """Fill ``out`` with what :func:`resolve` found and return where it came from (facts). Raises HubError."""
     reporter.progress(0.0, f"fetching {source.reference}")
     if source.kind == "folder":
-        _copy(Path(source.reference).expanduser(), out, link=False)
+        copy_folder(Path(source.reference).expanduser(), out)
     else:
-        _copy(_snapshot(source, repo_type, store, reporter), out, link=True)
+        copy_folder(_snapshot(source, repo_type, store, reporter), out, link=True)
     if sha256 is not None:
         _check_weights(out / "model.safetensors", sha256, source)
     reporter.progress(1.0, f"fetched {source.reference}")
     return {"reference": source.reference, "revision": source.identity}
-
-
-def locate_capture(reference: str) -> Path:
-    """The folder or video behind ``assets.capture`` (``bundled`` is the tabletop that ships).
-
-    Raises:
-        CaptureError: no such file, or an empty folder.
-    """
-    source = bundled_folder(f"{_BUNDLED}capture_tabletop") if reference == "bundled" else Path(reference).expanduser()
-    if not source.exists():
-        raise CaptureError(f"there is no capture {reference}; give a folder of photos, a video file, or 'bundled'")
-    if source.is_dir() and not any(path.is_file() for path in source.rglob("*")):
-        raise CaptureError(f"the capture {source} is empty; put photos (JPEG or PNG) into it")
-    return source
-
-
-def copy_capture(source: Path, out: Path) -> int:
-    """Copy photos, or one video, into ``out``; returns the number of files."""
-    if source.is_file():
-        shutil.copyfile(source, out / source.name)
-    else:
-        _copy(source, out, link=False)
-    return sum(path.is_file() for path in out.rglob("*"))
-
-
-def import_folder(folder: Path, kind: str, store: Store) -> Artifact:
-    """Copy a user's folder into the store as an artefact of ``kind``. Raises ArtifactError when there is none."""
-    if not folder.is_dir():
-        raise ArtifactError(f"there is no folder {folder} to take the {kind} from")
-    with store.building(kind) as out:
-        _copy(folder, out, link=False)
-        return store.commit(kind, out, {"reference": str(folder)})
-
-
-def digest_path(path: Path) -> str:
-    """Digest of a folder's content or of a file."""
-    return digest_folder(path) if path.is_dir() else digest_file(path)
-
-
-def bundled_folder(reference: str) -> Path:
-    """The folder behind ``bundled:<name>``. Raises HubError with the names that exist."""
-    root = Path(__file__).parent / "bundled"
-    name = reference.removeprefix(_BUNDLED)
-    available = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    if name not in available:
-        raise HubError(f"nothing bundled is called {name!r}; available: {', '.join(available) or 'nothing'}")
-    return root / name
 
 
 def _fetch(
@@ -296,26 +246,6 @@ def _check_weights(weights: Path, expected: str, source: Source) -> None:
             f"model.safetensors of {source.reference} (revision {source.identity[:12]}) has sha256 {found}, but "
             f"policy.sha256 says {expected}: it changed upstream or was damaged; compare with the publisher's digest"
         )
-
-
-def _copy(source: Path, target: Path, *, link: bool) -> None:
-    """Copy a folder; with ``link`` as hard links where both lie on one disk (14 GB are not stored twice)."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_file() and not _IGNORED.intersection(relative.parts):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            if not (link and _linked(path.resolve(), target / relative)):
-                shutil.copyfile(path, target / relative)
-
-
-def _linked(source: Path, target: Path) -> bool:
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            return False
-        raise
-    return True
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import task
 
-from gsrl_core import hub
+from gsrl_core import folders, hub
 from gsrl_core.artifacts import Store
 from gsrl_core.config import PipelineConfig
 from tasks import options
@@ -17,12 +17,12 @@ GSENV = Stage("gsenv-assets", "dataset")
 @task(name="fetch-capture", **options.STAGE)
 def fetch_capture(config: PipelineConfig, parent_run_id: str) -> Result:
     """Photos (or a video) as an artefact: later stages do not depend on a folder that somebody may change."""
-    source = hub.locate_capture(config.assets.capture)
+    source = folders.locate_capture(config.assets.capture)
 
     def body(build: Build) -> dict[str, str | int]:
-        return {"files": hub.copy_capture(source, build.out)}
+        return {"files": folders.copy_capture(source, build.out)}
 
-    return run_stage(CAPTURE, config, {}, body, parent_run_id, identity={"content": hub.digest_path(source)})
+    return run_stage(CAPTURE, config, {}, body, parent_run_id, identity={"content": folders.digest_path(source)})
 
 
 @task(name="fetch-gsenv-assets", **options.FETCH)

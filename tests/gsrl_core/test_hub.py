@@ -12,7 +12,7 @@ import pytest
 
 from gsrl_core import hub, hub_local
 from gsrl_core.artifacts import Store, digest_file, digest_folder
-from gsrl_core.errors import ArtifactError, CaptureError, HubError
+from gsrl_core.errors import HubError
 from gsrl_core.interfaces import NullReporter
 
 WEIGHTS = os.urandom(3 << 20)
@@ -99,11 +99,6 @@ def test_bundled_comes_through_the_same_code(folder, store, monkeypatch, refused
     assert any("/resolve/" in path and path.endswith("model.safetensors") for path in asked)
     assert dict(os.environ) == before
     assert constants.HF_HUB_OFFLINE is True
-
-
-def test_an_unknown_bundled_name_lists_what_there_is():
-    with pytest.raises(HubError, match=r"nothing bundled is called 'nope'; available: .*capture_tabletop"):
-        hub.bundled_folder("bundled:nope")
 
 
 def test_a_wrong_digest_states_both_and_stores_nothing(served, folder, store):
@@ -244,23 +239,3 @@ def test_the_stand_in_answers_ranges_as_http_says(served):
         served.commit,
     )
     connection.close()
-
-
-def test_captures(tmp_path, store):
-    with pytest.raises(CaptureError, match="there is no capture"):
-        hub.locate_capture(str(tmp_path / "nope"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CaptureError, match="is empty"):
-        hub.locate_capture(str(tmp_path / "empty"))
-    video = tmp_path / "walk.mp4"
-    video.write_bytes(b"v")
-    (tmp_path / "out").mkdir()
-    assert hub.copy_capture(hub.locate_capture(str(video)), tmp_path / "out") == 1
-    assert hub.digest_path(video) == digest_file(tmp_path / "out" / "walk.mp4")
-    assert hub.locate_capture("bundled").name == "capture_tabletop"
-
-
-def test_import_folder(tmp_path, store, folder):
-    assert store.check(hub.import_folder(folder, "scene", store))
-    with pytest.raises(ArtifactError, match="there is no folder"):
-        hub.import_folder(tmp_path / "nope", "scene", store)
