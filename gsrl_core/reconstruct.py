@@ -29,6 +29,7 @@ from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import write_ply
 from gsrl_core.splat.quality import LPIPS_REASON, psnr, ssim
 
+QUALITY = "quality.json"
 WORKSPACE = ".work"
 """Folder inside ``out`` that holds unfinished work; it is gone when ``quality.json`` is complete."""
 REGISTERED_FRACTION = 0.8
@@ -63,6 +64,7 @@ def reconstruct(
     rasterize, device = _backend(fit_config.backend)
     workspace = out / WORKSPACE
     workspace.mkdir(parents=True, exist_ok=True)
+    (out / QUALITY).unlink(missing_ok=True)  # it says that the other files are complete
     capture = _capture(photos, workspace / "capture", capture_config, reporter)
     views = load_views(capture, capture_config.max_image_side)
     held_out, training = split_views(views, capture.residuals["photos"], capture_config.held_out_every)
@@ -73,7 +75,7 @@ def reconstruct(
     scores = _scores(fitted.gaussians, held_out, rasterize, device)
     _write_outputs(out, capture, fitted.gaussians, scores, reporter)
     quality = _quality(capture, fitted, scores, capture_config, fit_config, time.monotonic() - begin)
-    write_json(out / "quality.json", quality)
+    write_json(out / QUALITY, quality)
     shutil.rmtree(workspace)
     reporter.progress(1.0, f"{len(fitted.gaussians)} Gaussians, {len(scores)} photos held out")
     return quality
@@ -121,6 +123,7 @@ def _capture(photos: Path, folder: Path, config: CaptureConfig, reporter: Report
     def progress(fraction: float, message: str) -> None:
         reporter.progress(_CAPTURE_SHARE * fraction, message)
 
+    folder.mkdir(exist_ok=True)
     files = collect_photos(photos, folder / "frames", config.max_frames, progress)
     source = photos if photos.is_dir() else photos.parent
     key = {
@@ -128,16 +131,16 @@ def _capture(photos: Path, folder: Path, config: CaptureConfig, reporter: Report
         "settings": config.model_dump(mode="json", include={"sfm_image_side", "max_frames", "marker_size"}),
     }
     key_file, transforms = folder / "key.json", folder / "transforms.json"
-    if transforms.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == key:
-        return load_transforms(transforms)
-    layout = load_layout(source)
-    capture = estimate_cameras(files, folder, config.sfm_image_side, progress=progress)
-    capture = align_capture(capture, layout, config.marker_size)
-    capture = replace(capture, residuals={**capture.residuals, "photos": sorted(file.name for file in files)})
-    transforms.unlink(missing_ok=True)
-    write_json(key_file, key)
-    write_transforms(transforms, capture)
-    return capture
+    done = transforms.is_file() and key_file.is_file() and json.loads(key_file.read_text()) == key
+    if not done:
+        transforms.unlink(missing_ok=True)
+        layout = load_layout(source)
+        capture = estimate_cameras(files, folder, config.sfm_image_side, progress=progress)
+        capture = align_capture(capture, layout, config.marker_size)
+        names = sorted(file.name for file in files)
+        write_json(key_file, key)
+        write_transforms(transforms, replace(capture, residuals={**capture.residuals, "photos": names}))
+    return load_transforms(transforms)  # in any case, so that a resumed run sees the same rounded numbers
 
 
 class _Score:
@@ -167,7 +170,9 @@ def _write_outputs(
     out: Path, capture: Capture, gaussians: Gaussians, scores: Sequence[_Score], reporter: Reporter
 ) -> None:
     images = out / "images"
-    images.mkdir(exist_ok=True)
+    if images.is_dir():
+        shutil.rmtree(images)
+    images.mkdir()
     for image in capture.images:
         shutil.copy2(image, images / image.name)
     kept = replace(capture, images=tuple(images / image.name for image in capture.images))

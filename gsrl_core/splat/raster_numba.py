@@ -63,11 +63,13 @@ def rasterize(
         raise ValueError(
             "the CPU rasteriser has no camera gradients; detach world_to_camera and K, or use raster_torch"
         )
-    means2d = torch.zeros(len(means), 2, requires_grad=torch.is_grad_enabled())
+    parameters = (means, quats, log_scales, logit_opacities, harmonics)
+    fitted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in parameters)
+    means2d = torch.zeros(len(means), 2, requires_grad=fitted)
     radii = torch.zeros(len(means))
     view, lens = camera_arrays(world_to_camera, K)
     frame = (view, lens, width, height, means2d, radii)
-    color, summed_depth, alpha = _Rasterize.apply(means, quats, log_scales, logit_opacities, harmonics, means2d, frame)
+    color, summed_depth, alpha = _Rasterize.apply(*parameters, means2d, frame)
     rgb = color + (1 - alpha)[..., None] * background
     return rgb, alpha, summed_depth / alpha.clamp_min(1e-10), {"means2d": means2d, "radii": radii}
 
