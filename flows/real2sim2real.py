@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from datetime import UTC, datetime
@@ -19,9 +20,9 @@ from flows.session import Session, StageReport, StageResult, session
 from flows.stages import expanded, finetune, release, run_flow, scene, start_policy, sweep
 from gsrl_core.artifacts import Artifact, Store, write_json
 from gsrl_core.config import PipelineConfig
-from gsrl_core.errors import GsrlError
 
 _NONE = Overrides()
+_log = logging.getLogger(__name__)
 
 
 class SuccessRate(BaseModel):
@@ -83,8 +84,11 @@ def real2sim2real(config: PipelineConfig, overrides: Overrides = _NONE) -> Pipel
         made: dict[str, Artifact] = {}
         try:
             blocked = _stages(run, made)
-        except GsrlError as error:
-            _finish(run, run_id, made, "failed", str(error), start)
+        except Exception as error:
+            try:
+                _finish(run, run_id, made, "failed", str(error), start)
+            except Exception as second:  # a full disk fails both; the first error is the one to show
+                _log.warning("the report of the failed run could not be written: %s", second)
             raise
         report = _finish(run, run_id, made, "not released" if blocked else "released", blocked, start)
     if blocked:

@@ -82,7 +82,7 @@ def session(name: str, config: PipelineConfig, parent_run_id: str | None) -> Ite
     create_link_artifact(tracking.run_link(own), key="mlflow-run", description=f"MLflow run of {name}")
     try:
         yield Session(config, own)
-    except BaseException:
-        tracking.end_pipeline(own, failed=True)
+    except BaseException as failure:
+        tracking.end_pipeline(own, failure)
         raise
-    tracking.end_pipeline(own, failed=False)
+    tracking.end_pipeline(own)

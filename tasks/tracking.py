@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import subprocess
 import time
@@ -9,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gsrl_core.artifacts import Artifact, gsrl_home
 from gsrl_core.config import PipelineConfig, Section, section_digest
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
+_log = logging.getLogger(__name__)
 _MAX_PARAM = 500
 
 
@@ -62,9 +65,24 @@ def summarise(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
         client.set_tag(run_id, key, value)
 
 
-def end_pipeline(run_id: str, *, failed: bool) -> None:
-    """Close the parent run."""
-    _client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
+def end_pipeline(run_id: str, failure: BaseException | None = None) -> None:
+    """Close the parent run: FINISHED, or FAILED because of ``failure``."""
+    if failure is None:
+        _client().set_terminated(run_id, "FINISHED")
+        return
+    with _not_masking(failure):
+        _client().set_terminated(run_id, "FAILED")
+
+
+@contextmanager
+def _not_masking(failure: BaseException) -> Iterator[None]:
+    """The cause matters more than its record: when both fail (a full disk), the record is given up with a warning."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        _log.warning("MLflow could not record %s: %s", type(failure).__name__, error)
 
 
 @contextmanager
@@ -75,10 +93,12 @@ def stage_run(parent_run_id: str, stage: str, sections: Mapping[str, Section], k
         run.params(_flattened(sections))
         yield run
     except Exception as error:
-        run.close("FAILED", {"gsrl.error": f"{type(error).__name__}: {error}"})
+        with _not_masking(error):
+            run.close("FAILED", {"gsrl.error": f"{type(error).__name__}: {error}"})
         raise
-    except BaseException:
-        run.close("KILLED", {})
+    except BaseException as interrupt:
+        with _not_masking(interrupt):
+            run.close("KILLED", {})
         raise
     run.close("FINISHED", {})
 
@@ -260,8 +280,6 @@ def _owner() -> str:
 
 
 def _config_sha(config: PipelineConfig) -> str:
-    import hashlib
-
     return hashlib.sha256(section_digest(config).encode()).hexdigest()
 
 
@@ -281,7 +299,5 @@ def git_commit() -> str:
 
 def _flattened(sections: Mapping[str, Section]) -> dict[str, str]:
     """Section fields as ``section.key`` -> text."""
-    values: dict[str, Any] = {}
-    for name, section in sections.items():
-        values.update({f"{name}.{key}": value for key, value in section.model_dump(mode="json").items()})
-    return {key: str(value) for key, value in values.items()}
+    dumped = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    return {f"{name}.{key}": str(value) for name, values in dumped.items() for key, value in values.items()}

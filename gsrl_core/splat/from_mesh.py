@@ -244,7 +244,7 @@ def _cluster(samples: SurfaceSamples, count: int) -> np.ndarray:
         total = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=1)
         centers = np.where(size[:, None] > 0, total / size.clip(1)[:, None], centers)
         label = KDTree(centers).query(features)[1]
-    return label
+    return np.asarray(label)
 
 
 def _discs(samples: SurfaceSamples, label: np.ndarray) -> Gaussians:

@@ -70,8 +70,7 @@ class Scene:
         poses = self.rest_to_world if body_to_world is None else body_to_world
         moved = [self.part(None)]
         moved += [
-            self.part(name).transformed(pose[:3, :3], pose[:3, 3])
-            for name, pose in zip(self.names, poses, strict=True)
+            self.part(name).transformed(pose[:3, :3], pose[:3, 3]) for name, pose in zip(self.names, poses, strict=True)
         ]
         return Gaussians.concatenate(moved)
 
