@@ -5,8 +5,10 @@
 
 SCENE is an assembled scene folder; --plain-table makes a bare brown one, so that the policy meets the photographed
 bench only in the second step. --share keeps that fraction of the way from --init to the fine-tuned weights (weight
-interpolation, Wortsman et al. 2022): the shipped checkpoint must leave PPO something to do. Demonstrations and training state go to --work and are reused, so an interrupted
-run continues. Settings are those of the laptop preset (sections demos, sft and sim); change them with --set.
+interpolation, Wortsman et al. 2022): the shipped checkpoint must leave PPO something to do.
+
+Demonstrations and training state go to --work and are reused, so an interrupted run continues. Settings are those of
+the laptop preset (sections demos, sft and sim); change them with --set.
 """
 
 from __future__ import annotations
