@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
-_MAX_PARAM = 500
+_MAX_PARAM, _MAX_TAG = 500, 5000
 
 
 def tracking_uri() -> str:
@@ -46,7 +46,7 @@ def begin_pipeline(config: PipelineConfig, name: str, flow_run_id: str) -> str:
     """
     tags = {
         "prefect.flow_run_id": flow_run_id,
-        "gsrl.config_sha": _config_sha(config),
+        "gsrl.config_sha": hashlib.sha256(section_digest(config).encode()).hexdigest(),
         "git.commit": git_commit(),
         "gsrl.owner": _owner(),
     }
@@ -58,11 +58,9 @@ def begin_pipeline(config: PipelineConfig, name: str, flow_run_id: str) -> str:
 
 def summarise(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
     """Write the pipeline's numbers and texts to its parent run."""
-    client = _client()
-    for key, value in metrics.items():
-        client.log_metric(run_id, key, value)
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
+    run = StageRun(_client(), run_id)
+    run.metrics(metrics, 0)
+    run.tags(tags)
 
 
 def end_pipeline(run_id: str, failure: BaseException | None = None) -> None:
@@ -126,6 +124,12 @@ class StageRun:
         for start in range(0, len(items), 100):
             self._client.log_batch(self.run_id, params=items[start : start + 100])
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags (texts)."""
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(key, value[:_MAX_TAG]) for key, value in values.items()])
+
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at ``step`` in one transaction."""
         from mlflow.entities import Metric
@@ -146,16 +150,15 @@ class StageRun:
 
     def result(self, artifact: Artifact) -> None:
         """Record what the stage made: digest and path as tags, numeric facts as metrics."""
-        for key, value in {"sha256": artifact.sha256, "path": str(artifact.path), "kind": artifact.kind}.items():
-            self._client.set_tag(self.run_id, f"gsrl.artifact.{key}", value)
+        described = {"sha256": artifact.sha256, "path": str(artifact.path), "kind": artifact.kind}
+        self.tags({f"gsrl.artifact.{key}": value for key, value in described.items()})
         numbers = {k: float(v) for k, v in artifact.facts.items() if isinstance(v, int | float)}
         if numbers:
             self.metrics(numbers, 0)
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:
         """End the run."""
-        for key, value in tags.items():
-            self._client.set_tag(self.run_id, key, value[:5000])
+        self.tags(tags)
         self._client.set_terminated(self.run_id, status)
 
 
@@ -222,16 +225,13 @@ def unregister(name: str, version: str) -> None:
 def _open_child(parent_run_id: str, stage: str, tags: Mapping[str, str]) -> StageRun:
     client = _client()
     parent = client.get_run(parent_run_id)
-    inherited = {key: parent.data.tags[key] for key in _INHERITED if key in parent.data.tags}
+    inherited = {key: parent.data.tags[key] for key in ("prefect.flow_run_id", "gsrl.config_sha", "git.commit")}
     run = client.create_run(
         parent.info.experiment_id,
         tags={**inherited, **tags, "mlflow.parentRunId": parent_run_id, "gsrl.stage": stage, "gsrl.owner": _owner()},
         run_name=stage,
     )
     return StageRun(client, run.info.run_id)
-
-
-_INHERITED = ("prefect.flow_run_id", "gsrl.config_sha", "git.commit")
 
 
 @cache
@@ -277,10 +277,6 @@ def _close_dead_runs(client: MlflowClient, experiment: str) -> None:
 
 def _owner() -> str:
     return f"{os.uname().nodename}:{os.getpid()}"
-
-
-def _config_sha(config: PipelineConfig) -> str:
-    return hashlib.sha256(section_digest(config).encode()).hexdigest()
 
 
 @cache
