@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +156,6 @@ class NumbaRasterizer:
         self._bodies: _Prepared | None = None
         self._body_first = np.zeros(1, np.int64)
         self._cache: OrderedDict[bytes, StaticLayer] = OrderedDict()
-        self._lock = threading.Lock()
 
     @torch.no_grad()
     def render(
@@ -195,13 +193,12 @@ class NumbaRasterizer:
         shared = len(camera) == 1
         # Whole environments are handed out when there are enough of them; otherwise one after another on all cores.
         alone = count < num_threads()
-        layer = self._layer(*cameras[0], camera.width, camera.height) if shared else None
+        layers = self._layers(cameras, camera.width, camera.height)
 
         def draw_range(start: int, stop: int) -> None:
             for i in range(start, stop):
-                lens = cameras[0 if shared else i][1]
-                behind = layer or self._layer(*cameras[i], camera.width, camera.height)
-                self._environment(views[i], lens, behind, out, i, alone)
+                which = 0 if shared else i
+                self._environment(views[i], cameras[which][1], layers[which], out, i, alone)
 
         if alone:
             draw_range(0, count)
@@ -231,19 +228,31 @@ class NumbaRasterizer:
         else:
             tiles(0, count)
 
-    def _layer(self, view: np.ndarray, lens: np.ndarray, width: int, height: int) -> StaticLayer:
-        key = view.tobytes() + lens.tobytes() + f"{width}x{height}".encode()
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
+    def _layers(self, cameras: Sequence[tuple[np.ndarray, np.ndarray]], width: int, height: int) -> list[StaticLayer]:
+        """The static part for each camera; only the calling thread touches the cache, so a fork finds no lock held."""
+        size = f"{width}x{height}".encode()
+        keys = [view.tobytes() + lens.tobytes() + size for view, lens in cameras]
+        missing = list({key: i for i, key in enumerate(keys) if key not in self._cache}.values())
+        drawn: dict[bytes, StaticLayer] = {}
+
+        def draw_range(start: int, stop: int) -> None:
+            for i in missing[start:stop]:
+                drawn[keys[i]] = self._draw_layer(*cameras[i], width, height)
+
+        if len(missing) < num_threads():
+            draw_range(0, len(missing))  # each on all cores
+        else:
+            run_chunks(draw_range, len(missing), 1)
+        for key in dict.fromkeys(keys):
+            layer = drawn.get(key) or self._cache.pop(key)
+            self._cache[key] = drawn[key] = layer  # now the most recently used
+        while sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
+            self._cache.popitem(last=False)
+        return [drawn[key] for key in keys]
+
+    def _draw_layer(self, view: np.ndarray, lens: np.ndarray, width: int, height: int) -> StaticLayer:
         assert self._static is not None
-        layer = _static_layer(draw(*self._static, view, lens, width, height), self.background)
-        with self._lock:
-            self._cache[key] = layer
-            while sum(kept.nbytes for kept in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
-                self._cache.popitem(last=False)
-        return layer
+        return _static_layer(draw(*self._static, view, lens, width, height), self.background)
 
 
 class _Outputs(NamedTuple):

@@ -7,13 +7,11 @@ from gsrl_core.capture.dataset import View
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.splat import fit as fit_module
-from gsrl_core.splat.densify import Growth, Trainable, budget_at, split_along_longest_axis
 from gsrl_core.splat.fit import FitSettings, fit, initial_gaussians, scene_extent
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.quality import psnr
 from gsrl_core.splat.raster_numba import rasterize
-from gsrl_core.splat.raster_torch import project
 
 SETTINGS = FitSettings(
     steps=150, max_gaussians=500, sh_degree=1, ssim_weight=0.2, densify_every=25, densify_until=0.6, seed=3
@@ -161,86 +159,3 @@ def test_duplicate_points_have_a_finite_size():
 def test_scene_extent_by_hand():
     assert scene_extent(torch.tensor([[0.0, 0, 0], [2.0, 0, 0]])) == pytest.approx(1.1)
     assert scene_extent(torch.zeros(1, 3)) == 1.0
-
-
-# --- growth
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 100), (50, 175), (100, 200), (150, 200)])
-def test_budget_by_hand(step, expected):
-    assert budget_at(step, 0, 100, 100, 200) == expected
-
-
-def test_budget_never_falls_below_what_is_there():
-    assert budget_at(50, 0, 100, 300, 200) == 300
-
-
-def test_a_split_keeps_the_second_moment(random_gaussians):
-    model = Trainable(random_gaussians(count=5, degree=1), 1.0)
-    index = torch.tensor([1, 3])
-    children = split_along_longest_axis(model, index)
-    view = (torch.eye(4), intrinsics(1, 1, 0, 0), 1, 1)
-    far = torch.tensor([0.0, 0.0, 1e3])  # far away the projection is orthographic
-
-    def moment(values, rows):
-        means = values["means"][rows]
-        projected = project(means + far, values["quats"][rows], values["log_scales"][rows], *view)
-        covariance = (projected.covariances2d - 0.3 * torch.eye(2)) * 1e6
-        return means, covariance
-
-    parents = {name: model[name].detach() for name in ("means", "quats", "log_scales")}
-    parent_means, parent_covariance = moment(parents, index)
-    a, cov_a = moment(children, torch.tensor([0, 1]))
-    b, cov_b = moment(children, torch.tensor([2, 3]))
-    assert torch.allclose((a + b) / 2, parent_means, atol=1e-5)
-    offset = ((a - b) / 2)[:, :2]
-    assert torch.allclose((cov_a + cov_b) / 2 + offset[:, :, None] * offset[:, None], parent_covariance, atol=0.05)
-
-
-def model_with_moments(gaussians):
-    model = Trainable(gaussians, 100.0)
-    for name in ("means", "quats", "log_scales", "logit_opacities", "base", "detail"):
-        model[name].grad = torch.ones_like(model[name])
-    model.step()
-    return model
-
-
-def test_growth_prunes_the_transparent_and_splits_the_ones_with_a_gradient(random_gaussians):
-    gaussians = random_gaussians(count=6, degree=1)
-    logits = torch.tensor([2.0, -9.0, 2.0, 2.0, 2.0, 2.0])
-    model = model_with_moments(Gaussians(*gaussians.tensors()[:3], logits, gaussians.harmonics))
-    growth = Growth(6)
-    gradient = torch.zeros(6, 2)
-    gradient[[2, 4]] = 1.0
-    growth.observe(gradient, torch.ones(6), 100)
-    before = model["means"].detach().clone()
-    facts = growth.apply(model, 100, torch.Generator().manual_seed(0))
-    assert facts == {"pruned": 1, "split": 2} and len(model) == 7
-    kept = [0, 3, 5]  # untouched rows keep value and optimizer state
-    assert torch.equal(model["means"].detach()[[0, 2, 4]], before[kept])
-    moments = model.optimizer.state[model["means"]]
-    assert (moments["exp_avg"][[0, 2, 4]] != 0).all()
-    assert (moments["exp_avg"][[1, 3, 5, 6]] == 0).all()
-    assert len(growth.score) == 7 and growth.score.sum() == 0
-
-
-def test_growth_respects_the_budget(random_gaussians):
-    model = model_with_moments(random_gaussians(count=50, degree=0))
-    growth = Growth(50)
-    growth.observe(torch.rand(50, 2), torch.ones(50), 100)
-    growth.apply(model, 53, torch.Generator().manual_seed(0))
-    assert len(model) <= 53
-
-
-def test_unseen_gaussians_have_no_score():
-    growth = Growth(2)
-    growth.observe(torch.ones(2, 2), torch.tensor([0.0, 3.0]), 100)
-    assert growth.score.tolist() == [0.0, pytest.approx(50 * math.sqrt(2))]
-    assert growth.seen.tolist() == [0, 1]
-
-
-def test_nothing_left_is_an_error(random_gaussians):
-    gaussians = random_gaussians(count=4, degree=0)
-    model = Trainable(Gaussians(*gaussians.tensors()[:3], torch.full((4,), -20.0), gaussians.harmonics), 1.0)
-    with pytest.raises(SceneError, match="all 4 Gaussians"):
-        Growth(4).apply(model, 10, torch.Generator())
