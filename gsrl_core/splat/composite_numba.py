@@ -27,6 +27,7 @@ from gsrl_core.splat.kernels_numba import (
 )
 from gsrl_core.splat.lists_numba import Ints, Longs, depth_order, tile_lists
 from gsrl_core.splat.tiles_numba import (
+    BLOCK,
     BODY_ID,
     COLUMN,
     F0,
@@ -40,7 +41,6 @@ from gsrl_core.splat.tiles_numba import (
     LEFT,
     OPEN,
     ROW,
-    SCRATCH,
     SURFACE,
     THROUGH,
     WEIGHT,
@@ -52,8 +52,10 @@ from gsrl_core.splat.tiles_numba import (
     box_in_tile,
     clear_tile,
     falloff,
+    gather,
+    new_tile,
     pixel_index,
-    vectorized,
+    vectorized_inlined,
 )
 
 Bytes = NDArray[np.uint8]
@@ -113,7 +115,7 @@ def composite_tiles(
         background: [3].
         out: uint8 [h, w, 3].
     """
-    s = np.empty(SCRATCH, np.float32)
+    s, near = new_tile(), np.empty((BLOCK, RECORD_WIDTH), np.float32)
     height, width = static_open.shape
     tiles_x = (width + TILE_SIZE - 1) // TILE_SIZE
     for tile in range(start, stop):
@@ -124,10 +126,12 @@ def composite_tiles(
             out[top:bottom, left:right] = static_bytes[top:bottom, left:right]
             continue
         _load(s, left, top, right, bottom, static_surface, static_open)
-        for entry in range(begin, end):
-            g = gaussian[entry]
-            _blend_over(s, records, g, records[g, MEAN_X] - np.float32(left), records[g, MEAN_Y] - np.float32(top))
-            if (entry - begin) % 16 == 15 and not alive(s):
+        for block in range(begin, end, BLOCK):
+            count = min(BLOCK, end - block)
+            gather(block, block + count, gaussian, records, near)
+            for e in range(count):
+                _blend_over(s, near, e, near[e, MEAN_X] - np.float32(left), near[e, MEAN_Y] - np.float32(top))
+            if not alive(s):
                 break
         for v in range(top, bottom):
             for u in range(left, right):
@@ -158,16 +162,19 @@ def composite_extras(
     A pixel belongs to the body (-1: the static part) at which its alpha first reaches one half; -1 if it never does.
     ``static_depth`` [h, w] is the static part's own weighted mean depth. Outputs are [h, w].
     """
-    s = np.empty(SCRATCH, np.float32)
+    s, near = new_tile(), np.empty((BLOCK, RECORD_WIDTH), np.float32)
     height, width = static_open.shape
     tiles_x = (width + TILE_SIZE - 1) // TILE_SIZE
     for tile in range(start, stop):
         left, top = (tile % tiles_x) * TILE_SIZE, (tile // tiles_x) * TILE_SIZE
         right, bottom = min(left + TILE_SIZE, width), min(top + TILE_SIZE, height)
         _load(s, left, top, right, bottom, static_surface, static_open)
-        for entry in range(tile_first[tile], tile_first[tile + 1]):
-            g = gaussian[entry]
-            _blend_extras(s, records, g, records[g, MEAN_X] - np.float32(left), records[g, MEAN_Y] - np.float32(top))
+        begin, end = tile_first[tile], tile_first[tile + 1]
+        for block in range(begin, end, BLOCK):
+            count = min(BLOCK, end - block)
+            gather(block, block + count, gaussian, records, near)
+            for e in range(count):
+                _blend_extras(s, near, e, near[e, MEAN_X] - np.float32(left), near[e, MEAN_Y] - np.float32(top))
         for v in range(top, bottom):
             for u in range(left, right):
                 i = pixel_index(u - left, v - top)
@@ -188,7 +195,7 @@ def _load(s: Floats, left: int, top: int, right: int, bottom: int, static_surfac
             s[OPEN + i] = static_open[v, u]
 
 
-@vectorized
+@vectorized_inlined
 def _blend_over(s: Floats, records: Floats, g: int, x: np.float32, y: np.float32) -> None:
     """Draw one moving Gaussian; behind the static surface it gets only what that lets through."""
     top, bottom, first, last = box_in_tile(records, g, x, y)
@@ -222,7 +229,7 @@ def _blend_over(s: Floats, records: Floats, g: int, x: np.float32, y: np.float32
                 s[B + i] += weight * blue
 
 
-@vectorized
+@vectorized_inlined
 def _blend_extras(s: Floats, records: Floats, g: int, x: np.float32, y: np.float32) -> None:
     """As :func:`_blend_over`, for depth, total weight and body id."""
     top, bottom, first, last = box_in_tile(records, g, x, y)

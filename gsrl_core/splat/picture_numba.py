@@ -20,7 +20,8 @@ from gsrl_core.splat.kernels_numba import (
 )
 from gsrl_core.splat.lists_numba import depth_order, tile_lists
 from gsrl_core.splat.parallel import run_chunks
-from gsrl_core.splat.tiles_numba import draw_tiles, draw_tiles_backward
+from gsrl_core.splat.tiles_backward_numba import draw_tiles_backward
+from gsrl_core.splat.tiles_numba import draw_tiles
 
 GAUSSIAN_CHUNK = 2048
 TILE_CHUNK = 4

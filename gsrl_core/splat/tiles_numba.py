@@ -1,4 +1,4 @@
-"""Per-tile kernels of the CPU rasteriser: blending and its gradient.
+"""Per-tile kernels of the CPU rasteriser: blending.
 
 A tile is 16 x 16 pixels, stored as two halves of 8 columns so that one row of a half is one 256-bit vector; the loops
 over ``LANES`` become straight vector code. A tile's buffers live in one flat array at constant offsets, because
@@ -19,13 +19,13 @@ from gsrl_core.splat.kernels_numba import (
     DEPTH,
     EXTENT_X,
     EXTENT_Y,
-    GRADIENT_WIDTH,
     GREEN,
     HALF_A,
     HALF_C,
     MEAN_X,
     MEAN_Y,
     OPACITY,
+    RECORD_WIDTH,
     RED,
     SIGMA_MAX,
     Compiler,
@@ -38,6 +38,8 @@ from gsrl_core.splat.lists_numba import Ints, Longs
 LANES = 8
 HALF = TILE_SIZE * LANES
 PIXELS = TILE_SIZE * TILE_SIZE
+BLOCK = 32
+"""Entries of a tile's list that are fetched at a time."""
 
 # Offsets of a tile's buffers in its flat scratch array.
 COLUMN, ROW = 0, PIXELS  # pixel centres relative to the tile
@@ -50,10 +52,6 @@ SURFACE = 10 * PIXELS  # its depth
 OPEN = 11 * PIXELS  # what it lets through
 WEIGHT, BODY_ID = 12 * PIXELS, 13 * PIXELS
 SCRATCH = 14 * PIXELS
-# Backward only.
-GRAD_R, GRAD_G, GRAD_B, GRAD_Z, GRAD_ALPHA = R, G, B, Z, FRONT
-BEHIND = SURFACE  # sum of weight x gradient of everything behind
-ACC = WEIGHT  # GRADIENT_WIDTH x LANES accumulators
 
 F0, F1, F_THROUGH, F_ALPHA = np.float32(0), np.float32(1), np.float32(TRANSMITTANCE_MIN), np.float32(ALPHA_MAX)
 F_HALF, F_EIGHTH, F_FLOOR = np.float32(0.5), np.float32(0.125), np.float32(-5.6)
@@ -68,6 +66,18 @@ vectorized: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy", f
 vectorized_inlined: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, forceinline=True)
 
 
+@kernel
+def gather(block: int, end: int, gaussian: Ints, records: Floats, near: Floats) -> None:
+    """Copy the records of entries ``block .. end - 1`` into ``near`` [BLOCK, RECORD_WIDTH].
+
+    The copies do not wait for each other, so their memory is read ahead; blending straight from ``records``, which lie
+    in no order, would wait for each.
+    """
+    for entry in range(block, end):
+        for k in range(RECORD_WIDTH):
+            near[entry - block, k] = records[gaussian[entry], k]
+
+
 @inlined
 def box_in_tile(records: Floats, g: int, x: float, y: float) -> tuple[int, int, int, int]:
     """Rows and halves of a tile that the Gaussian's box touches; (x, y) is its centre relative to the tile."""
@@ -79,20 +89,29 @@ def box_in_tile(records: Floats, g: int, x: float, y: float) -> tuple[int, int, 
 
 
 @kernel
-def clear_tile(s: Floats) -> None:
-    """An empty tile: nothing drawn, all light left."""
-    s[:] = F0
+def new_tile() -> Floats:
+    """Buffers of a tile, with the centres of its pixels; ``clear_tile`` before each use."""
+    s = np.zeros(SCRATCH, np.float32)
     for i in range(PIXELS):
         s[COLUMN + i] = (i // HALF) * LANES + i % LANES + 0.5
         s[ROW + i] = (i % HALF) // LANES + 0.5
-        s[THROUGH + i] = F1
-        s[LEFT + i] = F1
-        s[FRONT + i] = F1
-        s[LAST + i] = -F1
-        s[BODY_ID + i] = -F1
+    return s
 
 
 @kernel
+def clear_tile(s: Floats) -> None:
+    """An empty tile: nothing drawn, all light left."""
+    for i in range(2 * PIXELS, SCRATCH):
+        s[i] = F0
+    for channel in (THROUGH, LEFT, FRONT):
+        for i in range(PIXELS):
+            s[channel + i] = F1
+    for channel in (LAST, BODY_ID):
+        for i in range(PIXELS):
+            s[channel + i] = -F1
+
+
+@vectorized
 def alive(s: Floats) -> bool:
     """Whether any pixel of the tile is unfinished."""
     left = F0
@@ -115,7 +134,7 @@ def falloff(
     return e * (F1 if (sigma <= limit) & (sigma >= F0) else F0)
 
 
-@vectorized
+@vectorized_inlined
 def _blend(s: Floats, records: Floats, g: int, x: np.float32, y: np.float32, position: np.float32) -> None:
     """Draw one Gaussian into the tile (front to back).
 
@@ -169,23 +188,19 @@ def draw_tiles(
     Writes rgb [h, w, 3], depth [h, w] (sum of weight x depth), through [h, w] (light left) and last [h, w] (the
     position in the tile's list of the last entry before the pixel was finished, -1 for none).
     """
-    s = np.empty(SCRATCH, np.float32)
+    s, near = new_tile(), np.empty((BLOCK, RECORD_WIDTH), np.float32)
     height, width = through.shape
     for tile in range(start, stop):
         clear_tile(s)
         left, top = (tile % tiles_x) * TILE_SIZE, (tile // tiles_x) * TILE_SIZE
         begin = tile_first[tile]
-        for entry in range(begin, tile_first[tile + 1]):
-            g = gaussian[entry]
-            _blend(
-                s,
-                records,
-                g,
-                records[g, MEAN_X] - np.float32(left),
-                records[g, MEAN_Y] - np.float32(top),
-                np.float32(entry - begin),
-            )
-            if (entry - begin) % 16 == 15 and not alive(s):
+        for block in range(begin, tile_first[tile + 1], BLOCK):
+            end = min(block + BLOCK, tile_first[tile + 1])
+            gather(block, end, gaussian, records, near)
+            for e in range(end - block):
+                x, y = near[e, MEAN_X] - np.float32(left), near[e, MEAN_Y] - np.float32(top)
+                _blend(s, near, e, x, y, np.float32(block + e - begin))
+            if not alive(s):
                 break
         for v in range(top, min(top + TILE_SIZE, height)):
             for u in range(left, min(left + TILE_SIZE, width)):
@@ -201,106 +216,5 @@ def draw_tiles(
 @inlined
 def pixel_index(u: int, v: int) -> int:
     """Place of column u and row v of a tile in its buffers."""
-    return (u // LANES) * HALF + v * LANES + u % LANES
-
-
-@vectorized
-def _blend_backward(
-    s: Floats, records: Floats, g: int, x: np.float32, y: np.float32, position: np.float32, out: Floats, entry: int
-) -> None:
-    """Undo one Gaussian (back to front) and write its GRADIENT_WIDTH gradients in this tile."""
-    top, bottom, first, last = box_in_tile(records, g, x, y)
-    a, b, c, opacity, limit = (
-        records[g, HALF_A],
-        records[g, CROSS_B],
-        records[g, HALF_C],
-        records[g, OPACITY],
-        records[g, SIGMA_MAX],
-    )
-    red, green, blue, depth = records[g, RED], records[g, GREEN], records[g, BLUE], records[g, DEPTH]
-    for j in range(GRADIENT_WIDTH * LANES):
-        s[ACC + j] = F0
-    for half in range(first, last):
-        for line in range(top, bottom):
-            start = (half & 1) * HALF + (line & 15) * LANES
-            for lane in range(LANES):
-                i = start + lane
-                dx, dy = x - s[COLUMN + i], y - s[ROW + i]
-                e = falloff(dx, dy, a, b, c, limit)
-                e = e if position <= s[LAST + i] else F0
-                alpha = min(opacity * e, F_ALPHA)
-                inverse = F1 / (F1 - alpha)
-                through = s[LEFT + i] * inverse
-                s[LEFT + i] = through
-                weight = alpha * through
-                value = red * s[GRAD_R + i] + green * s[GRAD_G + i] + blue * s[GRAD_B + i]
-                value += depth * s[GRAD_Z + i] + s[GRAD_ALPHA + i]
-                grad_alpha = through * value - s[BEHIND + i] * inverse
-                s[BEHIND + i] += weight * value
-                # slope = -dL/dsigma; a Gaussian at the alpha limit passes no gradient to its shape.
-                slope = grad_alpha * opacity * e if opacity * e < F_ALPHA else F0
-                gx, gy = -slope * (F1 + F1) * a * dx - slope * b * dy, -slope * (F1 + F1) * c * dy - slope * b * dx
-                s[ACC + lane] += gx
-                s[ACC + 1 * LANES + lane] += gy
-                s[ACC + 2 * LANES + lane] += abs(gx)
-                s[ACC + 3 * LANES + lane] += abs(gy)
-                s[ACC + 4 * LANES + lane] -= F_HALF * slope * dx * dx
-                s[ACC + 5 * LANES + lane] -= slope * dx * dy
-                s[ACC + 6 * LANES + lane] -= F_HALF * slope * dy * dy
-                s[ACC + 7 * LANES + lane] += slope
-                s[ACC + 8 * LANES + lane] += weight * s[GRAD_R + i]
-                s[ACC + 9 * LANES + lane] += weight * s[GRAD_G + i]
-                s[ACC + 10 * LANES + lane] += weight * s[GRAD_B + i]
-                s[ACC + 11 * LANES + lane] += weight * s[GRAD_Z + i]
-    for k in range(GRADIENT_WIDTH):
-        total = F0
-        for lane in range(LANES):
-            total += s[ACC + k * LANES + lane]
-        out[entry, k] = total
-    out[entry, 7] /= opacity
-
-
-@kernel
-def draw_tiles_backward(
-    start: int,
-    stop: int,
-    tiles_x: int,
-    tile_first: Longs,
-    gaussian: Ints,
-    slot: Ints,
-    records: Floats,
-    through: Floats,
-    last: Ints,
-    grad_rgb: Floats,
-    grad_depth: Floats,
-    grad_alpha: Floats,
-    gradients: Floats,
-) -> None:
-    """Gradients of tiles ``start .. stop - 1`` into ``gradients[slot]`` [E, GRADIENT_WIDTH]; see :func:`draw_tiles`."""
-    s = np.empty(SCRATCH, np.float32)
-    height, width = through.shape
-    for tile in range(start, stop):
-        clear_tile(s)
-        left, top = (tile % tiles_x) * TILE_SIZE, (tile // tiles_x) * TILE_SIZE
-        deepest = -1
-        s[GRAD_ALPHA : GRAD_ALPHA + PIXELS] = F0
-        for v in range(top, min(top + TILE_SIZE, height)):
-            for u in range(left, min(left + TILE_SIZE, width)):
-                i = pixel_index(u - left, v - top)
-                s[GRAD_R + i] = grad_rgb[v, u, 0]
-                s[GRAD_G + i] = grad_rgb[v, u, 1]
-                s[GRAD_B + i] = grad_rgb[v, u, 2]
-                s[GRAD_Z + i] = grad_depth[v, u]
-                s[GRAD_ALPHA + i] = grad_alpha[v, u]
-                s[LEFT + i] = through[v, u]
-                s[LAST + i] = last[v, u]
-                deepest = max(deepest, last[v, u])
-        begin = tile_first[tile]
-        for entry in range(tile_first[tile + 1] - 1, begin - 1, -1):
-            if entry - begin > deepest:
-                for k in range(GRADIENT_WIDTH):
-                    gradients[slot[entry], k] = F0
-                continue
-            g = gaussian[entry]
-            x, y = records[g, MEAN_X] - np.float32(left), records[g, MEAN_Y] - np.float32(top)
-            _blend_backward(s, records, g, x, y, np.float32(entry - begin), gradients, slot[entry])
+    # u + (HALF - LANES) for the second half: no division, which would cost more than the copy it is for.
+    return v * LANES + u + (HALF - LANES if u >= LANES else 0)
