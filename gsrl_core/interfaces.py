@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.geometry.camera import Camera
+from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
 
@@ -129,20 +130,6 @@ class Policy(Protocol):
     def value(self, observation: Observation) -> Tensor:
         """Critic alone, float32 [B], no gradients."""
         ...
-
-
-@dataclass(frozen=True)
-class Frames:
-    """One camera's pictures of a batch of environments."""
-
-    rgb: Tensor
-    """uint8 [B, h, w, 3]."""
-    depth: Tensor | None = None
-    """float32 [B, h, w]: expected depth along the camera's z axis in metres, 0 where nothing was hit."""
-    alpha: Tensor | None = None
-    """float32 [B, h, w] in [0, 1]."""
-    body_id: Tensor | None = None
-    """int16 [B, h, w]: index into ``Scene.names``, -1 for the static part."""
 
 
 class Rasterizer(Protocol):
