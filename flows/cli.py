@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flows.real2sim2real import PipelineReport
     from flows.session import StageResult
     from gsrl_core.artifacts import Artifact
-    from gsrl_core.config import PipelineConfig
+    from gsrl_core.sections import PipelineConfig
 
 app = typer.Typer(
     name="real2sim2real",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer
 from pydantic.fields import FieldInfo
 
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 
 
 class _DottedKeys(BaseModel):

@@ -19,7 +19,7 @@ from flows.parameters import Overrides
 from flows.session import Session, StageReport, StageResult, session
 from flows.stages import expanded, finetune, release, run_flow, scene, start_policy, sweep
 from gsrl_core.artifacts import Artifact, Store, write_json
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 
 _NONE = Overrides()
 _log = logging.getLogger(__name__)

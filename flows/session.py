@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
 from gsrl_core.artifacts import Artifact
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 from tasks import tracking
 
 

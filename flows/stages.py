@@ -17,8 +17,9 @@ from prefect.transactions import transaction
 from flows.parameters import Overrides
 from flows.session import StageResult, session
 from gsrl_core.artifacts import Artifact
-from gsrl_core.config import PipelineConfig, apply_overrides
+from gsrl_core.config import apply_overrides
 from gsrl_core.errors import GateError
+from gsrl_core.sections import PipelineConfig
 from tasks import assets, policy, tracking, training
 from tasks import evaluation as evaluations
 from tasks import release as releases

@@ -16,11 +16,11 @@ import torch
 
 from gsrl_core.artifacts import Store
 from gsrl_core.assemble import object_bodies, robot_bodies
-from gsrl_core.config import PipelineConfig
 from gsrl_core.embodiment import SplatEmbodiment, default_device
 from gsrl_core.errors import ConfigError
 from gsrl_core.hub import fetch_checkpoint
 from gsrl_core.interfaces import NullReporter, Observation
+from gsrl_core.sections import PipelineConfig
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 

@@ -1,8 +1,7 @@
-"""Typed configuration: sections, presets and overrides.
+"""Presets and overrides of the typed configuration (its values are described in ``sections``).
 
-A preset is a YAML file in ``configs/`` that holds differences only (``base: full``). Each section checks itself; the
-root checks relations between sections. Machine facts (addresses, tokens, folders) are environment variables, never
-configuration.
+A preset is a YAML file in ``configs/`` that holds differences only (``base: full``). Machine facts (addresses, tokens,
+folders) are environment variables, never configuration.
 """
 
 from __future__ import annotations
@@ -12,284 +11,15 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from gsrl_core.deploy.limits import SafetyLimits
 from gsrl_core.errors import ConfigError
+from gsrl_core.sections import PipelineConfig, Section
 
 PRESETS = ("full", "one-gpu", "cluster", "laptop")
-
-
-class Section(BaseModel):
-    """Frozen, closed base of all sections."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class AssetsConfig(Section):
-    """Where photos, robot assets and the starting checkpoint come from."""
-
-    capture: str = "bundled"
-    """Folder of photos, a video file, or ``bundled`` for the tabletop capture that ships with the project."""
-    gsenv: str | None = None
-    """Hub dataset id (or folder) in the layout of RLinf/gsenv-assets-v0; none uses the FR3 of the franky-sim wheel."""
-    revision: str = "main"
-    """Hub revision (commit, tag or branch) of ``gsenv``."""
-
-
-class CaptureConfig(Section):
-    """Photos to cameras."""
-
-    max_image_side: int = Field(960, ge=64, le=8192)
-    """Photos are reduced to this longest side for fitting [px]."""
-    sfm_image_side: int = Field(1600, ge=256, le=8192)
-    """Longest side for feature extraction [px]."""
-    max_frames: int = Field(200, ge=3, le=2000)
-    """At most this many sharp frames are taken out of a video."""
-    marker_size: float | None = Field(None, gt=0, le=1)
-    """Edge of the ArUco tags [m]; none takes it from the capture's markers.json, and without that scale is unknown."""
-    held_out_every: int = Field(8, ge=2, le=100)
-    """Every n-th photo (0, n, 2n, ...) is kept out of the fit and used to measure it."""
-
-
-class FitConfig(Section):
-    """3D Gaussian optimisation."""
-
-    backend: Literal["auto", "numba", "gsplat"] = "auto"
-    """Rasteriser; auto takes gsplat when a CUDA device is there."""
-    steps: int = Field(30_000, ge=1, le=1_000_000)
-    max_gaussians: int = Field(1_000_000, ge=100, le=50_000_000)
-    sh_degree: int = Field(3, ge=0, le=3)
-    ssim_weight: float = Field(0.2, ge=0, le=1)
-    densify_every: int = Field(100, ge=1)
-    densify_until: float = Field(0.5, ge=0, le=1)
-    """Fraction of the steps after which no Gaussian is added."""
-    seed: int = 0
-    min_psnr: float = Field(20.0, ge=0)
-    """Gate: held-out PSNR [dB]."""
-    max_scale_residual_mm: float = Field(5.0, gt=0)
-    """Gate: residual of the tag corners after metric alignment [mm]."""
-
-
-class CameraConfig(Section):
-    """A pinhole camera of the environment; pose in the robot base frame, SAPIEN axes (x forward, y left, z up)."""
-
-    name: str = "3rd_view_camera"
-    width: int = Field(640, ge=16, le=4096)
-    height: int = Field(480, ge=16, le=4096)
-    fx: float = Field(604.152161, gt=0)
-    fy: float = Field(604.267212, gt=0)
-    cx: float = 316.670074
-    cy: float = 243.194473
-    position: tuple[float, float, float] = (0.075, -0.161, 0.497)
-    rotation: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]] = (
-        (0.68370109, -0.50239316, 0.52929587),
-        (0.33318036, 0.86018832, 0.38609201),
-        (-0.64926404, -0.08762054, 0.75549905),
-    )
-    link: str | None = None
-    """Robot link that carries the camera (pose then relative to it); none is fixed in the base frame."""
-
-
-class SimConfig(Section):
-    """The environment."""
-
-    task: str = "PutCubeOnPlate-v0"
-    num_envs: int = Field(64, ge=1, le=4096)
-    workers: int = Field(0, ge=0, le=512)
-    """Physics processes; 0 takes one for each CPU core."""
-    physics_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"
-    sim_hz: int = Field(500, ge=50, le=5000)
-    control_hz: int = Field(10, ge=1, le=100)
-    solver_iterations: int = Field(25, ge=1, le=255)
-    """PhysX position iterations per simulation step (25 is the seed's; 8 is half again as fast at 100 Hz)."""
-    max_episode_steps: int = Field(100, ge=1, le=10_000)
-    control_mode: str = "pd_ee_target_delta_pose"
-    cameras: tuple[CameraConfig, ...] = (CameraConfig(),)
-    render_downscale: int = Field(1, ge=1, le=16)
-    """Pictures are rendered at width/n x height/n with the intrinsics scaled to match."""
-    rasterizer: Literal["auto", "numba", "gsplat"] = "auto"
-    instruction: str = "pick up the cube and put it on the plate"
-
-    @model_validator(mode="after")
-    def _divides(self) -> SimConfig:
-        if self.sim_hz % self.control_hz:
-            raise ValueError(f"sim_hz ({self.sim_hz}) must be a multiple of control_hz ({self.control_hz})")
-        return self
-
-
-class PolicyConfig(Section):
-    """The starting checkpoint and how it is sampled."""
-
-    checkpoint: str = "RLinf/RLinf-Pi05-GSEnv-PutCubeOnPlate-V0-SFT"
-    """Hub model id, folder, or ``bundled:pi05_tiny`` (served through the same hub code)."""
-    revision: str = "main"
-    sha256: str | None = None
-    """Expected digest of model.safetensors; checked after the download."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    denoise_steps: int = Field(5, ge=1, le=100)
-    action_chunk: int = Field(5, ge=1, le=100)
-    """Actions executed per decision; at most the checkpoint's horizon."""
-    noise_method: Literal["flow_sde", "flow_noise"] = "flow_sde"
-    noise_level: float = Field(0.5, gt=0, le=5)
-    """Flow-SDE noise scale."""
-    noise_std_range: tuple[float, float] = (0.08, 0.16)
-    """Flow-Noise: range of the learned standard deviation."""
-
-
-class DemosConfig(Section):
-    """Scripted demonstrations."""
-
-    episodes: int = Field(1000, ge=1)
-    seed: int = 1_000_000
-    """First episode seed; successes only are kept."""
-    action_noise: float = Field(0.01, ge=0, le=0.1)
-    """Standard deviation of the disturbance injected into executed (not recorded) translations [m]."""
-
-
-class SftConfig(Section):
-    """Flow-matching supervised fine-tuning."""
-
-    steps: int = Field(30_000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(2.5e-5, gt=0)
-    warmup_steps: int = Field(1000, ge=0)
-    weight_decay: float = Field(1e-10, ge=0)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    """The weights that are kept are this moving average of those that are trained."""
-    image_augmentation: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; weights and optimizer stay float32."""
-    checkpoint_every: int = Field(1000, ge=1)
-    """Steps between saved states; a killed run loses at most these."""
-    seed: int = 0
-
-
-class PpoConfig(Section):
-    """PPO of the flow policy."""
-
-    iterations: int = Field(100, ge=1)
-    rollout_epochs: int = Field(8, ge=1)
-    """Batches of ``sim.num_envs`` episodes per iteration."""
-    update_epochs: int = Field(4, ge=1)
-    global_batch: int = Field(2048, ge=1)
-    """Samples per optimizer step."""
-    micro_batch: int = Field(128, ge=1)
-    """Samples per forward/backward pass."""
-    learning_rate: float = Field(5e-6, gt=0)
-    value_learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    gamma: float = Field(0.99, gt=0, le=1)
-    """Discount per chunk."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
-    """Lower bound c of the surrogate for negative advantages; none turns it off."""
-    value_clip: float = Field(0.2, gt=0)
-    huber_delta: float = Field(10.0, gt=0)
-    value_coef: float = Field(1.0, ge=0)
-    entropy_coef: float = Field(0.0, ge=0)
-    kl_coef: float = Field(0.0, ge=0)
-    """Weight of a penalty on the k3 estimate of KL(old || new)."""
-    target_kl: float | None = Field(None, gt=0)
-    """The update stops when approximate KL passes 1.5 times this."""
-    critic_warmup_iterations: int = Field(0, ge=0)
-    """First iterations that train the value head alone."""
-    normalize_advantages: bool = True
-    checkpoint_every: int = Field(5, ge=1)
-    """Iterations between checkpoints; a killed run loses at most these."""
-    eval_every: int = Field(0, ge=0)
-    """Iterations between evaluations during training; 0 for none."""
-    seed: int = 42
-
-
-class ClusterConfig(Section):
-    """Placement in the seed's notation."""
-
-    runtime: Literal["local", "ray"] = "local"
-    component_placement: dict[str, str] = {"env,rollout,actor": "all"}
-    pipeline_stage_num: int = Field(1, ge=1, le=8)
-    """Groups that the environments are split into, so that one is stepped while another is inferred."""
-
-
-class EvaluationConfig(Section):
-    """The sweep. The same fixed seeds for every checkpoint."""
-
-    episodes: int = Field(512, ge=1, le=100_000)
-    """Episodes of the nominal cell."""
-    episodes_per_perturbation: int = Field(128, ge=0, le=100_000)
-    perturbations: tuple[Literal["pose", "lighting", "camera", "friction", "wording"], ...] = (
-        "pose",
-        "lighting",
-        "camera",
-        "friction",
-        "wording",
-    )
-    seed: int = 9_000_000
-    videos: int = Field(4, ge=0, le=64)
-    """Episodes recorded per cell."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-
-
-class ReleaseConfig(Section):
-    """Gate, package and registration."""
-
-    minimum_success: float = Field(0.5, ge=0, le=1)
-    """The package is released only if the lower bound of nominal success reaches this."""
-    name: str = Field("fr3-put-cube-on-plate", pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")
-    """Name of the package and of the registered model."""
-    verify_robot: bool = True
-    """Drive an episode through franky against the control-interface emulator as part of verification."""
-    safety: SafetyLimits = SafetyLimits()
-    """The envelope that the package carries to the robot (safety.yaml)."""
-
-
-class TrackingConfig(Section):
-    """Experiment tracking."""
-
-    experiment: str = "real2sim2real"
-    tensorboard: bool = True
-
-
-class PipelineConfig(Section):
-    """All sections; relations between them are checked here."""
-
-    assets: AssetsConfig = AssetsConfig()
-    capture: CaptureConfig = CaptureConfig()
-    fit: FitConfig = FitConfig()
-    sim: SimConfig = SimConfig()
-    policy: PolicyConfig = PolicyConfig()
-    demos: DemosConfig = DemosConfig()
-    sft: SftConfig = SftConfig()
-    ppo: PpoConfig = PpoConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    release: ReleaseConfig = ReleaseConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-    @model_validator(mode="after")
-    def _relations(self) -> PipelineConfig:
-        if self.sim.max_episode_steps % self.policy.action_chunk:
-            raise ValueError(
-                f"sim.max_episode_steps ({self.sim.max_episode_steps}) must be a multiple of "
-                f"policy.action_chunk ({self.policy.action_chunk})"
-            )
-        if self.ppo.global_batch % self.ppo.micro_batch:
-            raise ValueError(
-                f"ppo.global_batch ({self.ppo.global_batch}) must be a multiple of ppo.micro_batch "
-                f"({self.ppo.micro_batch})"
-            )
-        if self.sim.num_envs % self.cluster.pipeline_stage_num:
-            raise ValueError(
-                f"sim.num_envs ({self.sim.num_envs}) must be a multiple of cluster.pipeline_stage_num "
-                f"({self.cluster.pipeline_stage_num})"
-            )
-        return self
 
 
 def config_dir() -> Path:
@@ -323,7 +53,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"--set {text!r}: expected key=value, for example --set ppo.learning_rate=1e-5")
         try:
-            overrides[key.strip()] = _number_like(yaml.safe_load(value))
+            overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error})") from error
     return overrides
@@ -393,13 +123,3 @@ def _legal_keys() -> tuple[str, ...]:
 def _nearest(given: str, legal: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(given, legal, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(legal)}"
-
-
-def _number_like(value: Any) -> Any:
-    # YAML 1.1 reads 1e-5 (no dot) as text.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

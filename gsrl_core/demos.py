@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gsrl_core.artifacts import write_json
-from gsrl_core.config import PipelineConfig
 from gsrl_core.errors import TrainingError
 from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
 from gsrl_core.policy.demonstrations import Episode, load_demonstrations, shard_folder, write_shard
+from gsrl_core.sections import PipelineConfig
 
 
 class PrivilegedEnv(VecEnv, Protocol):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from gsrl_core.config import PipelineConfig
 from gsrl_core.interfaces import VecEnv
+from gsrl_core.sections import PipelineConfig
 
 if TYPE_CHECKING:
     from gsrl_core.policy.agent import Pi05Policy

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gsrl_core.artifacts import write_bytes, write_json
-from gsrl_core.config import PipelineConfig
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment, default_device
 from gsrl_core.errors import ConfigError
 from gsrl_core.interfaces import Policy, Reporter, VecEnv
@@ -27,6 +26,7 @@ from gsrl_core.rl.statistics import (
     spearman,
     wilson_interval,
 )
+from gsrl_core.sections import PipelineConfig
 from gsrl_core.video import write_video
 
 NOMINAL = "nominal"

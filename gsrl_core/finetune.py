@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from gsrl_core.artifacts import JsonScalar, digest_folder, write_bytes, write_json
-from gsrl_core.config import PipelineConfig, section_digest
+from gsrl_core.config import section_digest
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment
 from gsrl_core.errors import ConfigError, TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.rl.rollout import EpisodeStats
+from gsrl_core.sections import PipelineConfig
 from gsrl_core.team import Team, training_seeds, validation_seeds
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,6 @@ from typing import Any
 
 from gsrl_core import __version__
 from gsrl_core.artifacts import digest_folder, write_json
-from gsrl_core.config import PipelineConfig
 from gsrl_core.deploy import parity
 from gsrl_core.deploy.camera import CameraCalibration
 from gsrl_core.deploy.child import child_environment
@@ -35,6 +34,7 @@ from gsrl_core.geometry.fr3 import START_QPOS
 from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.interfaces import Policy, Reporter
 from gsrl_core.package_card import installed_requirements, machine_facts, model_card
+from gsrl_core.sections import PipelineConfig
 
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.model")
 PARITY_VECTORS = 4

@@ -21,9 +21,9 @@ from gsrl_core.capture.dataset import Capture, View, load_transforms, load_views
 from gsrl_core.capture.frames import collect_photos
 from gsrl_core.capture.markers import MARKERS_FILE, align_capture, load_layout
 from gsrl_core.capture.sfm import estimate_cameras
-from gsrl_core.config import CaptureConfig, FitConfig
 from gsrl_core.errors import SceneError
 from gsrl_core.interfaces import Reporter
+from gsrl_core.sections import CaptureConfig, FitConfig
 from gsrl_core.splat.fit import FitResult, FitSettings, RasterizeFunction, fit
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import write_ply

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from gsrl_core.artifacts import digest_folder
-from gsrl_core.config import SftConfig
 from gsrl_core.errors import CheckpointError, TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.policy.card import model_card
@@ -27,6 +26,7 @@ from gsrl_core.policy.frames import FrameSet, augment
 from gsrl_core.policy.pi05 import Pi05, initialise
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, Normalizer
+from gsrl_core.sections import SftConfig
 
 TINY_TOKENIZER = Path(__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
 HELD_OUT_EVERY = 20

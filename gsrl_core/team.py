@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from gsrl_core.config import PipelineConfig
 from gsrl_core.dist.placement import Placement, parse_placement
 from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, finish, start_ray, stop_ray
 from gsrl_core.embodiment import Embodiment
 from gsrl_core.errors import PlacementError
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
+from gsrl_core.sections import PipelineConfig
 from gsrl_core.training import WorkerSpec
 
 TRAINING_NOISE, VALIDATION_NOISE = 0, 1

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gsrl_core.config import PpoConfig
 from gsrl_core.dist.collective import ProcessGroup, SingleProcess
 from gsrl_core.dist.weights import WeightPublisher, WeightReceiver, WeightUpdate
 from gsrl_core.embodiment import Embodiment
 from gsrl_core.errors import WorkerError
 from gsrl_core.rl.ppo import Learner, PpoSettings
 from gsrl_core.rl.rollout import EpisodeStats, Rollout, collect, concatenate, split
+from gsrl_core.sections import PpoConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from prefect import task
 
 from gsrl_core import folders, hub
 from gsrl_core.artifacts import Store
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.stage import Build, Result, Stage, run_stage
 

@@ -9,8 +9,8 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 
 from gsrl_core.artifacts import Artifact
-from gsrl_core.config import PipelineConfig
 from gsrl_core.errors import GateError
+from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.stage import Build, Result, Stage, run_stage
 

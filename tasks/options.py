@@ -22,8 +22,9 @@ from prefect.states import State
 from prefect.tasks import Task
 
 import gsrl_core
-from gsrl_core.config import PipelineConfig, section_digest
+from gsrl_core.config import section_digest
 from gsrl_core.hub import InterruptedDownloadError
+from gsrl_core.sections import PipelineConfig
 
 STAGE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retries": 0}
 """Options of every task: a stage that failed is deterministic, trying again without a change does not help."""

@@ -10,7 +10,7 @@ from prefect.states import Completed
 from prefect.transactions import Transaction, get_transaction
 
 from gsrl_core.artifacts import Artifact, write_json
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 from tasks import options, tracking
 from tasks.stage import Build, Result, Stage, run_stage
 

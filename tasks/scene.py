@@ -10,8 +10,8 @@ from typing import Any
 from prefect import task
 
 from gsrl_core.artifacts import Artifact
-from gsrl_core.config import PipelineConfig
 from gsrl_core.errors import GateError
+from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.reporting import show_picture
 from tasks.stage import Build, Result, Stage, run_stage

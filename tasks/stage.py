@@ -12,7 +12,7 @@ from pathlib import Path
 from prefect.states import Completed, State
 
 from gsrl_core.artifacts import Artifact, JsonScalar, Store, full_disk_is_an_error
-from gsrl_core.config import PipelineConfig
+from gsrl_core.sections import PipelineConfig
 from tasks import tracking
 from tasks.options import gpu_slots, restricted, stage_key
 from tasks.reporting import PROGRESS_LOGGER, StageReporter

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gsrl_core.artifacts import Artifact, gsrl_home
-from gsrl_core.config import PipelineConfig, Section, section_digest
+from gsrl_core.config import section_digest
 from gsrl_core.errors import ConfigError
+from gsrl_core.sections import PipelineConfig, Section
 
 if TYPE_CHECKING:
     import numpy as np

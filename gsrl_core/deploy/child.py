@@ -72,9 +72,12 @@ def announce(values: dict[str, Any]) -> None:
 
 def end_with_parent() -> None:
     """In the child: leave as soon as the parent is gone."""
+    descriptor = sys.stdin.fileno()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin.read(): a daemon thread that holds its lock aborts the interpreter's own exit.
+        while os.read(descriptor, 4096):
+            pass
         os._exit(0)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

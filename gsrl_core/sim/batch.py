@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gsrl_core.config import SimConfig
 from gsrl_core.errors import SimulationError
+from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim import states as layout
 

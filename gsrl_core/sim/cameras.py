@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gsrl_core.config import CameraConfig
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.camera import Camera, from_sapien
 from gsrl_core.geometry.rotation import rigid_inverse
+from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsrl_core.config import SimConfig
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
+from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation

@@ -16,9 +16,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from gsrl_core.config import SimConfig
 from gsrl_core.errors import SimulationError
 from gsrl_core.interfaces import Observation, Rasterizer
+from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
 from gsrl_core.splat.scene import Scene, load_scene

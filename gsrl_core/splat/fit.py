@@ -44,7 +44,7 @@ class FitReporter(Protocol):
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to fit; see ``config.FitConfig`` for the meaning of each value."""
+    """How to fit; see ``sections.FitConfig`` for the meaning of each value."""
 
     steps: int
     max_gaussians: int

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from flows.parameters import Overrides
 from flows.real2sim2real import real2sim2real
-from gsrl_core.config import PipelineConfig, apply_overrides, load
+from gsrl_core.config import apply_overrides, load
+from gsrl_core.sections import PipelineConfig
 
 
 def test_every_key_of_the_configuration_is_there_once():

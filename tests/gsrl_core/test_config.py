@@ -5,11 +5,12 @@ import yaml
 
 from gsrl_core import config
 from gsrl_core.errors import ConfigError
+from gsrl_core.sections import PipelineConfig
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_every_preset_is_valid_and_only_full_has_no_base(preset):
-    assert isinstance(config.load(preset), config.PipelineConfig)
+    assert isinstance(config.load(preset), PipelineConfig)
     differences = yaml.safe_load((config.config_dir() / f"{preset.replace('-', '_')}.yaml").read_text())
     assert ("base" in differences) == (preset != "full")
 
@@ -53,9 +54,11 @@ def test_unknown_preset_names_the_nearest():
         config.load("laptob")
 
 
-def test_assignments_are_yaml_and_exponents_are_numbers():
-    parsed = config.parse_assignments(["ppo.learning_rate=1e-5", "ppo.target_kl=null", "assets.capture=./photos"])
-    assert parsed == {"ppo.learning_rate": 1e-5, "ppo.target_kl": None, "assets.capture": "./photos"}
+def test_assignments_are_yaml_and_checked_as_what_their_key_is():
+    texts = ["ppo.learning_rate=1e-5", "ppo.target_kl=null", "assets.capture=./photos", "assets.revision='1234567'"]
+    loaded = config.load("laptop", config.parse_assignments(texts))
+    assert (loaded.ppo.learning_rate, loaded.ppo.target_kl) == (1e-5, None)
+    assert (loaded.assets.capture, loaded.assets.revision) == ("./photos", "1234567")
 
 
 @pytest.mark.parametrize("text", ["ppo.learning_rate", "=3", "ppo.seed=[1"])
@@ -66,7 +69,7 @@ def test_malformed_assignment_is_refused(text):
 
 def test_deployment_parameters_are_plain_json_and_round_trip():
     parameters = config.as_parameters("one-gpu")
-    assert config.PipelineConfig.model_validate(parameters["config"]) == config.load("one-gpu")
+    assert PipelineConfig.model_validate(parameters["config"]) == config.load("one-gpu")
 
 
 def test_sections_are_frozen_and_closed():

@@ -9,12 +9,12 @@ from PIL import Image
 
 import gsrl_core.reconstruct as module
 from gsrl_core.capture.dataset import Capture, View, load_transforms
-from gsrl_core.config import CaptureConfig, FitConfig
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import rotvec_to_matrix
 from gsrl_core.interfaces import NullReporter
 from gsrl_core.reconstruct import gates, in_base_frame, photo_beside_render, reconstruct, split_views
+from gsrl_core.sections import CaptureConfig, FitConfig
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.ply import read_ply

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import gsrl_core.sft as sft_module
-from gsrl_core.config import SftConfig
 from gsrl_core.errors import CheckpointError, TrainingError
 from gsrl_core.interfaces import NullReporter, Observation
 from gsrl_core.policy import config as sizes
 from gsrl_core.policy.checkpoint import load_policy, read_norm_stats
 from gsrl_core.policy.demonstrations import Episode, write_shard
+from gsrl_core.sections import SftConfig
 from gsrl_core.sft import learning_rate, train_sft
 
 TINY = sizes.Pi05Config(

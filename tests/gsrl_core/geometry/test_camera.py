@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from gsrl_core.config import CameraConfig
 from gsrl_core.errors import CaptureError
 from gsrl_core.geometry import camera as cams
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
+from gsrl_core.sections import CameraConfig
 
 SEED = CameraConfig()
 

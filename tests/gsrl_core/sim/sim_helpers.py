@@ -2,8 +2,8 @@
 
 import torch
 
-from gsrl_core.config import CameraConfig, SimConfig
 from gsrl_core.interfaces import Frames
+from gsrl_core.sections import CameraConfig, SimConfig
 from gsrl_core.sim import task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene

@@ -3,9 +3,9 @@ import pytest
 import torch
 from sim_helpers import TINY_CAMERA, PoseRasterizer, empty_scene, sim_config
 
-from gsrl_core.config import CameraConfig
 from gsrl_core.errors import SimulationError, WorkerError
 from gsrl_core.geometry.rotation import quat_to_matrix
+from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
 from gsrl_core.sim.expert import Expert
 from gsrl_core.sim.gs_env import make_env

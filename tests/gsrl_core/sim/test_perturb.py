@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from gsrl_core.config import EvaluationConfig
 from gsrl_core.errors import SimulationError
+from gsrl_core.sections import EvaluationConfig
 from gsrl_core.sim import task
 from gsrl_core.sim.perturb import PERTURBATIONS, Perturbation, perturbation
 
