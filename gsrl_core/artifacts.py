@@ -16,21 +16,29 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gsrl_core.errors import ArtifactError
+from gsrl_core.errors import ArtifactError, GsrlError
 
 JsonScalar = str | int | float | bool | None
 
 _ABANDONED_S = 30 * 24 * 3600.0
+_LARGER_STORE = "set GSRL_HOME to a folder on a larger disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Libraries that write files themselves lose the error number: safetensors keeps it in its text (Rust); torch says that
+# its archive or stream is not where it should be, numpy that a write was cut short.
+_FULL_TEXTS = re.compile(
+    rf"\(os error ({'|'.join(map(str, _FULL))})\)|PytorchStreamWriter failed|inline_container\.cc.* unexpected pos"
+    r"|iostream error|\d+ requested and \d+ written"
+)
 
 
 class Artifact(BaseModel):
@@ -72,6 +80,10 @@ class Store:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or gsrl_home()
 
+    def full_disk_is_an_error(self) -> AbstractContextManager[None]:
+        """As :func:`full_disk_is_an_error`, with advice that fits a store."""
+        return full_disk_is_an_error(self.root, _LARGER_STORE)
+
     @contextmanager
     def building(self, kind: str) -> Iterator[Path]:
         """A fresh folder to fill; on success hand it to :meth:`commit`. Left behind by a crash, it is garbage.
@@ -81,7 +93,7 @@ class Store:
         """
         folder = self.root / "tmp" / f"{kind}-{uuid.uuid4().hex}"
         owner = folder.with_suffix(".lock")
-        with full_disk_is_an_error(self.root):
+        with self.full_disk_is_an_error():
             with self.locked("tmp"):  # nobody collects between the creation of the lock and its flock
                 content = folder / "content"  # one level down: builders may keep scratch files beside their output
                 content.mkdir(parents=True)
@@ -102,7 +114,7 @@ class Store:
         """
         sha256 = digest_folder(folder)
         target = self.root / "objects" / kind / sha256
-        with full_disk_is_an_error(self.root):
+        with self.full_disk_is_an_error():
             if target.is_dir() and digest_folder(target) != sha256:  # damaged since: replace it, do not trust it
                 self.discard(target)
             if not target.is_dir():
@@ -119,7 +131,7 @@ class Store:
     def workspace(self, name: str) -> Path:
         """A folder that survives crashes, for a stage's resumable state; the stage deletes it when it is done."""
         folder = self.root / "work" / name
-        with full_disk_is_an_error(self.root):
+        with self.full_disk_is_an_error():
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -149,7 +161,7 @@ class Store:
     def record(self, stage: str, key: str, artifact: Artifact) -> None:
         """Remember that ``stage`` with inputs ``key`` made ``artifact``; the last of concurrent writers wins whole."""
         entry = {"kind": artifact.kind, "sha256": artifact.sha256, "facts": artifact.facts}
-        with full_disk_is_an_error(self.root):
+        with self.full_disk_is_an_error():
             path = self._entry(stage, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, entry)
@@ -182,7 +194,7 @@ class Store:
     def locked(self, name: str) -> Iterator[None]:
         """Hold the advisory lock ``name``; waits for a living holder. The kernel frees it when the holder dies."""
         path = self.root / "locks" / f"{name}.lock"
-        with full_disk_is_an_error(self.root):
+        with self.full_disk_is_an_error():
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = path.open("w")
         with stream:
@@ -226,21 +238,49 @@ class Store:
             raise ArtifactError(f"the store {self.root} is not writable; set GSRL_HOME to a folder you can write to")
         free = shutil.disk_usage(self.root).free
         if free < needed:
-            raise ArtifactError(_full_disk_message(self.root, f"at least {needed / 2**20:.0f} MiB are needed"))
+            raise ArtifactError(
+                _full_disk_message(self.root, f"at least {needed / 2**20:.0f} MiB are needed", _LARGER_STORE)
+            )
 
     def _entry(self, stage: str, key: str) -> Path:
         return self.root / "stages" / stage / f"{key}.json"
 
 
 @contextmanager
-def full_disk_is_an_error(root: Path) -> Iterator[None]:
-    """Turn "no space left" (also quota and file size limits) into an ArtifactError that says what to do."""
+def full_disk_is_an_error(folder: Path, otherwise: str = "choose a folder on a larger disk") -> Iterator[None]:
+    """Turn "no space left" (also quota and file size limits) into an ArtifactError that says what to do.
+
+    Args:
+        folder: where the block writes; it need not exist yet.
+        otherwise: what to do if no space can be freed.
+
+    Raises:
+        ArtifactError: a write did not fit, whichever library made it.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except GsrlError:
+        raise
+    except Exception as error:
+        if (why := _full_disk_reason(error)) is None:
             raise
-        raise ArtifactError(_full_disk_message(root, f"writing failed: {error.strerror}")) from error
+        raise ArtifactError(_full_disk_message(folder, f"writing failed: {why}", otherwise)) from error
+
+
+def _full_disk_reason(error: BaseException) -> str | None:
+    """What the system said if ``error``, or what it was raised from, is a write that did not fit; else None."""
+    chain = list(_chain(error))
+    numbered = [cause for cause in chain if isinstance(cause, OSError) and cause.errno is not None]
+    if numbered:  # a number is certain, texts are not
+        return next((cause.strerror for cause in numbered if cause.errno in _FULL), None)
+    return next((str(cause) for cause in chain if _FULL_TEXTS.search(str(cause))), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised from, or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def write_json(path: Path, value: object) -> None:
@@ -261,11 +301,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _full_disk_message(root: Path, what: str) -> str:
-    free = shutil.disk_usage(root).free if root.exists() else 0
+def _full_disk_message(folder: Path, what: str, otherwise: str) -> str:
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    free = shutil.disk_usage(existing).free
     return (
-        f"the disk of the store {root} is full ({what}; {free / 2**20:.0f} MiB free); nothing half-written was kept: "
-        "free some space, or set GSRL_HOME to a folder on a larger disk, and run again"
+        f"the disk of {folder} is full ({what}; {free / 2**20:.0f} MiB free); nothing half-written was kept: free some "
+        f"space, or {otherwise}, and run again"
     )
 
 

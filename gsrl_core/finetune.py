@@ -109,11 +109,14 @@ def load_state(path: Path, fingerprint: str, iterations: int) -> dict[str, Any] 
 def save_state(path: Path, fingerprint: str, history: History, state: Mapping[str, Any]) -> None:
     """Write the state of training whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        torch.save({"fingerprint": fingerprint, "history": history, "state": dict(state)}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            torch.save({"fingerprint": fingerprint, "history": history, "state": dict(state)}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _train(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefect.states import Completed, State
 
-from gsrl_core.artifacts import Artifact, JsonScalar, Store, full_disk_is_an_error
+from gsrl_core.artifacts import Artifact, JsonScalar, Store
 from gsrl_core.sections import PipelineConfig
 from tasks import tracking
 from tasks.options import gpu_slots, restricted, stage_key
@@ -121,7 +121,7 @@ def _execute(
     reporter = StageReporter(label, run, board)
     reporter.progress(0.0, f"{label}: starting")
     try:
-        with full_disk_is_an_error(store.root), store.building(stage.kind) as out:
+        with store.full_disk_is_an_error(), store.building(stage.kind) as out:
             build = Build(
                 out=out,
                 workspace=workspace,

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from gsrl_core.artifacts import Store, digest_folder, gsrl_home, write_bytes, write_json
+from gsrl_core.artifacts import Store, digest_folder, full_disk_is_an_error, gsrl_home, write_bytes, write_json
 from gsrl_core.errors import ArtifactError
 
 
@@ -229,6 +229,58 @@ def test_a_real_write_that_does_not_fit_is_a_clear_error_and_leaves_nothing(stor
         signal.signal(signal.SIGXFSZ, ignored)
     assert not list((store.root / "tmp").iterdir())
     assert len(list((store.root / "objects" / "scene").iterdir())) == 1
+
+
+WRITERS = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+from gsrl_core.artifacts import full_disk_is_an_error, write_bytes
+from gsrl_core.errors import ArtifactError
+from gsrl_core.finetune import save_state
+from gsrl_core.policy.checkpoint import _save_tensors
+from gsrl_core.policy.demonstrations import Episode, write_shard
+out = Path(sys.argv[1])
+big = torch.zeros(1_000_000)
+rows = np.zeros((100_000, 9), np.float32)
+writers = {
+    "safetensors": lambda: _save_tensors(out / "model.safetensors", {"a": big}),
+    "torch.save to a stream": lambda: save_state(out / "checkpoint.pt", "f", [], {"a": big}),
+    "torch.save to a path": lambda: torch.save(big, out / "scratch" / "state.pt"),
+    "numpy": lambda: write_shard(out, 0, [Episode(0, "go", {}, rows, rows)]),
+    "python": lambda: write_bytes(out / "x", bytes(1_000_000)),
+}
+(out / "scratch").mkdir()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for name, write in writers.items():
+    try:
+        with full_disk_is_an_error(out):
+            write()
+    except ArtifactError as error:
+        print(name, "|", error)
+"""
+
+
+def test_every_library_that_writes_gives_the_same_clear_error(tmp_path):
+    """The kernel refuses the real calls of safetensors, torch and numpy, whose errors are of three other classes."""
+    run = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], capture_output=True, text=True, check=True)
+    messages = dict(line.split(" | ", 1) for line in run.stdout.splitlines())
+    assert list(messages) == [
+        "safetensors", "torch.save to a stream", "torch.save to a path", "numpy", "python"
+    ]  # fmt: skip
+    for message in messages.values():
+        assert f"the disk of {tmp_path} is full (writing failed: " in message
+        assert "choose a folder on a larger disk" in message  # not GSRL_HOME: this is a folder of the user's
+    assert [path.name for path in tmp_path.rglob("*")] == ["scratch", "state.pt"]  # temporary files are gone
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shape mismatch"), OSError(errno.EIO, "I/O error"), RuntimeError("PytorchStreamReader failed")],
+)
+def test_an_error_of_another_kind_passes_through(tmp_path, error):
+    with pytest.raises(type(error)), full_disk_is_an_error(tmp_path):
+        raise error
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
