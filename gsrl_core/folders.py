@@ -41,9 +41,13 @@ def locate_capture(reference: str) -> Path:
 
 
 def copy_capture(source: Path, out: Path) -> int:
-    """Copy photos, or one video, into ``out``; returns the number of files."""
+    """Copy photos, or one video with the markers.json beside it, into ``out``; returns the number of files."""
+    from gsrl_core.capture.markers import MARKERS_FILE
+
     if source.is_file():
-        shutil.copyfile(source, out / source.name)
+        for file in (source, source.with_name(MARKERS_FILE)):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
     else:
         copy_folder(source, out)
     return sum(path.is_file() for path in out.rglob("*"))
@@ -73,15 +77,17 @@ def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
         relative = path.relative_to(source)
         if path.is_file() and not _IGNORED.intersection(relative.parts):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            if not (link and _linked(path.resolve(), target / relative)):
+            if link:
+                link_or_copy(path.resolve(), target / relative)
+            else:
                 shutil.copyfile(path, target / relative)
 
 
-def _linked(source: Path, target: Path) -> bool:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to the file ``source``, or a copy where that is impossible."""
     try:
         target.hardlink_to(source)
     except OSError as error:
-        if error.errno in _NO_LINK:
-            return False
-        raise
-    return True
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(source, target)

@@ -10,7 +10,7 @@ from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.stage import Build, Result, Stage, run_stage
 
-CHECKPOINT = Stage("policy", "checkpoint")
+CHECKPOINT = Stage("policy", "checkpoint", modules=("gsrl_core.policy.checkpoint",))
 
 
 @task(name="fetch-checkpoint", **options.FETCH)
@@ -20,7 +20,16 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
     source = hub.resolve(policy.checkpoint, policy.revision, store)
 
     def body(build: Build) -> dict[str, str]:
-        return hub.fetch_into(source, build.out, "model", policy.sha256, store, build.reporter)
+        from gsrl_core.policy.checkpoint import check_checkpoint
 
-    identity = {"source": f"{source.kind}:{source.reference}:{source.identity}", "sha256": policy.sha256 or ""}
+        facts = hub.fetch_into(source, build.out, "model", policy.sha256, store, build.reporter)
+        # Now, because the first stage that loads the weights comes after the reconstruction.
+        check_checkpoint(build.out, action_chunk=policy.action_chunk, noise_method=policy.noise_method)
+        return facts
+
+    identity = {
+        "source": f"{source.kind}:{source.reference}:{source.identity}",
+        "sha256": policy.sha256 or "",
+        "checked for": f"{policy.action_chunk}, {policy.noise_method}",
+    }
     return run_stage(CHECKPOINT, config, {}, body, parent_run_id, identity=identity)

@@ -60,6 +60,15 @@ class PromptInputs:
     """bool [B, T], on the host."""
 
 
+def require_horizon(action_chunk: int, horizon: int) -> None:
+    """Raise CheckpointError unless a checkpoint that predicts ``horizon`` actions can be asked for ``action_chunk``."""
+    if action_chunk > horizon:
+        raise CheckpointError(
+            f"policy.action_chunk is {action_chunk}, but this checkpoint predicts {horizon} actions; allowed: 1 to "
+            f"{horizon}"
+        )
+
+
 class Pi05Policy:
     """Implements :class:`~gsrl_core.interfaces.Policy` with trainable actor and critic parameters."""
 
@@ -79,11 +88,7 @@ class Pi05Policy:
         Raises:
             CheckpointError: the parts do not fit each other.
         """
-        if sampling.action_chunk > network.config.horizon:
-            raise CheckpointError(
-                f"policy.action_chunk is {sampling.action_chunk}, but this checkpoint predicts "
-                f"{network.config.horizon} actions; allowed: 1 to {network.config.horizon}"
-            )
+        require_horizon(sampling.action_chunk, network.config.horizon)
         if (sampling.noise_method == "flow_noise") != (noise_head is not None):
             raise CheckpointError("a noise head belongs to noise_method 'flow_noise', and to it only")
         self.network, self.value_head, self.noise_head = network, value_head, noise_head

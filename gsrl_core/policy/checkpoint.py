@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.agent import Pi05Policy, Sampling
+from gsrl_core.policy.agent import Pi05Policy, Sampling, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
+from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
 from gsrl_core.policy.flow import NoiseHead
 from gsrl_core.policy.keys import check_names, published, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
@@ -35,6 +33,8 @@ TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
 OPENPI_TOKENIZER = Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model")
 """Where openpi keeps the tokenizer that its checkpoints do not bring."""
 _WIDE = ("patch_embedding", "position_embedding", "input_layernorm", "post_attention_layernorm", "language_model.norm")
+_FILES = {"model.safetensors", "heads.safetensors", "config.json", "assets", "README.md", *TOKENIZERS}
+"""What belongs to a checkpoint, and is replaced with it."""
 _FROZEN = "paligemma_with_expert.paligemma."
 
 
@@ -114,21 +114,20 @@ def write_checkpoint(
     carried: Mapping[str, Tensor],
     card: str,
 ) -> None:
-    """Write the parts of a checkpoint; each file appears whole or not at all, config.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
     tensors = {published(name): tensor for name, tensor in network.state_dict().items()} | dict(carried)
-    _save_tensors(folder / "model.safetensors", tensors)
-    if heads:
-        _save_tensors(folder / "heads.safetensors", heads)
-    assets = folder / "assets" / ASSET_ID
-    assets.mkdir(parents=True, exist_ok=True)
-    write_json(assets / "norm_stats.json", norm_stats_to_json(state_stats, action_stats))
-    if tokenizer != folder / "tokenizer.model":
-        write_bytes(folder / "tokenizer.model", tokenizer.read_bytes())
-    if card:
-        write_bytes(folder / "README.md", card.encode())
-    digest = digest_file(folder / "tokenizer.model")
-    write_json(folder / "config.json", config_to_json(network.config) | {"tokenizer_sha256": digest})
+    with replacing(folder, _FILES) as fresh:
+        save_tensors(fresh / "model.safetensors", tensors)
+        if heads:
+            save_tensors(fresh / "heads.safetensors", heads)
+        assets = fresh / "assets" / ASSET_ID
+        assets.mkdir(parents=True)
+        write_json(assets / "norm_stats.json", norm_stats_to_json(state_stats, action_stats))
+        write_bytes(fresh / "tokenizer.model", tokenizer.read_bytes())
+        if card:
+            write_bytes(fresh / "README.md", card.encode())
+        digest = digest_file(fresh / "tokenizer.model")
+        write_json(fresh / "config.json", config_to_json(network.config) | {"tokenizer_sha256": digest})
 
 
 def read_config(folder: Path) -> Pi05Config:
@@ -156,9 +155,9 @@ def load_network(
 ) -> tuple[Pi05, dict[str, Tensor], dict[str, Tensor]]:
     """The network, the heads' tensors and the carried tensors of ``folder``. Raises CheckpointError."""
     path = folder / "model.safetensors"
-    tensors, heads, carried = sort_tensors(_load_tensors(path))
+    tensors, heads, carried = sort_tensors(load_tensors(path))
     if (folder / "heads.safetensors").is_file():
-        heads |= _load_tensors(folder / "heads.safetensors")
+        heads |= load_tensors(folder / "heads.safetensors")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = Pi05(config, compute_dtype)
@@ -166,6 +165,39 @@ def load_network(
     placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
     network.load_state_dict(placed, assign=True)
     return network.eval(), heads, carried
+
+
+def check_checkpoint(folder: Path, *, action_chunk: int, noise_method: str) -> None:
+    """Find out in seconds whether :func:`load_policy` will succeed: everything but the weights' bytes is read.
+
+    Args:
+        folder: as for :func:`load_policy`.
+        action_chunk: actions executed per decision.
+        noise_method: ``flow_sde`` or ``flow_noise``, which needs a head of its own.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshapen, a file is broken, or the statistics, the
+            tokenizer or ``action_chunk`` do not fit config.json.
+    """
+    config = read_config(folder)
+    path = folder / "model.safetensors"
+    network, heads, _ = sort_tensors(tensor_header(path))
+    if (folder / "heads.safetensors").is_file():
+        heads |= tensor_header(folder / "heads.safetensors")
+    with torch.device("meta"):
+        check_names(network, Pi05(config).state_dict(), str(path))
+        _check_head(ValueHead(config.width, config.value_hidden), "value_head.", heads, folder)
+        if noise_method == "flow_noise":
+            noise_head = NoiseHead(config.expert_width, config.noise_hidden, config.action_dim, (0.1, 0.2))
+            _check_head(noise_head, "noise_head.", heads, folder)
+    load_tokenizer(folder, config)
+    _, actions = read_norm_stats(folder)
+    if actions.mean.numel() > config.action_dim:
+        raise CheckpointError(
+            f"the statistics of {folder} are of {actions.mean.numel()} action values, config.json says "
+            f"action_dim {config.action_dim}; put the norm_stats.json of the training run there"
+        )
+    require_horizon(action_chunk, config.horizon)
 
 
 def load_tokenizer(folder: Path, config: Pi05Config) -> PromptTokenizer:
@@ -192,7 +224,7 @@ def read_norm_stats(folder: Path) -> tuple[FieldStats, FieldStats]:
     if found:
         return norm_stats_from_json(_read_json(found[0]), str(found[0]))
     for path in sorted(folder.glob("policy_preprocessor*.safetensors")):
-        tensors = _load_tensors(path)
+        tensors = load_tensors(path)
         fields = {
             ours: {key: tensors[f"{theirs}.{key}"].tolist() for key in ("mean", "std", "q01", "q99")}
             for ours, theirs in (("state", "observation.state"), ("actions", "action"))
@@ -212,28 +244,16 @@ def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def _load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> None:
-    given = {name.removeprefix(prefix): t.float() for name, t in heads.items() if name.startswith(prefix)}
+    if given := _check_head(head, prefix, heads, folder):
+        head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+
+
+def _check_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The head's own tensors; none is legal (it starts fresh). Raises CheckpointError."""
+    given = {name.removeprefix(prefix): tensor for name, tensor in heads.items() if name.startswith(prefix)}
     if given:
         check_names(given, head.state_dict(), f"{prefix[:-1]} of {folder}")
-        head.load_state_dict(given)
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return given
 
 
 def _read_json(path: Path) -> Any:

@@ -1,13 +1,16 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from policy_examples import SMALL, make_folder, make_observation
 from safetensors.torch import load_file, save_file
 
+from gsrl_core.artifacts import digest_folder
 from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.checkpoint import load_policy, read_config, read_norm_stats, save_checkpoint
+from gsrl_core.policy.checkpoint import check_checkpoint, load_policy, read_config, read_norm_stats, save_checkpoint
 from gsrl_core.policy.config import config_from_json, config_to_json, preset
 from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, canonical
 
@@ -254,8 +257,118 @@ def test_saving_is_atomic(folder, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gsrl_core.policy.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("gsrl_core.policy.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(target, load_policy(folder, **SETTINGS))
     assert (target / "model.safetensors").read_bytes() == before
     assert not [path for path in target.rglob(".*")]
+
+
+@pytest.mark.parametrize("interrupted", ["save_tensors", "write_json", "write_bytes", "digest_file"])
+def test_a_kill_while_saving_leaves_the_checkpoint_that_was_there(folder, tmp_path, monkeypatch, interrupted):
+    """Old and new parts would load without complaint: weights of one run, statistics of another."""
+    target = shutil.copytree(folder, tmp_path / "target")
+    (target / "notes.txt").write_text("mine")
+    before = digest_folder(target)
+    policy = load_policy(folder, **SETTINGS)
+    with torch.no_grad():
+        policy.network.action_in_proj.weight.add_(1.0)
+    monkeypatch.setattr(f"gsrl_core.policy.checkpoint.{interrupted}", lambda *_: (_ for _ in ()).throw(SystemExit))
+    for place in (target, tmp_path / "new"):
+        with pytest.raises(SystemExit):
+            save_checkpoint(place, policy)
+    assert digest_folder(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    monkeypatch.undo()
+    save_checkpoint(target, policy)
+    assert torch.equal(
+        load_policy(target, **SETTINGS).network.action_in_proj.weight, policy.network.action_in_proj.weight
+    )
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(folder, tmp_path, monkeypatch):
+    target = shutil.copytree(folder, tmp_path / "target")
+    before, rename = digest_folder(target), Path.rename
+
+    def failing(self, to):
+        if to == target and self.name.startswith(".target") and (self / "config.json").is_file() and not failed:
+            failed.append(self)
+            raise PermissionError(13, "denied")
+        return rename(self, to)
+
+    failed = []
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError):
+        save_checkpoint(target, load_policy(folder, **SETTINGS))
+    assert digest_folder(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_parts_that_the_new_checkpoint_lacks_do_not_stay(folder, tmp_path):
+    target = tmp_path / "target"
+    save_checkpoint(target, load_policy(folder, **SETTINGS))
+    assert (target / "heads.safetensors").is_file()
+    make_folder(target)
+    assert not (target / "heads.safetensors").exists()
+
+
+def check(folder, action_chunk=2, noise_method="flow_sde"):
+    check_checkpoint(folder, action_chunk=action_chunk, noise_method=noise_method)
+
+
+def test_a_good_checkpoint_passes_the_check_without_its_weights_being_read(folder, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    save_checkpoint(saved, load_policy(folder, **SETTINGS, noise_method="flow_noise"))
+    monkeypatch.setattr("gsrl_core.policy.files.load_file", None)
+    monkeypatch.setattr("gsrl_core.policy.checkpoint.load_tensors", None)
+    for noise_method in ("flow_sde", "flow_noise"):
+        check(folder, noise_method=noise_method)
+        check(saved, noise_method=noise_method)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors"])
+def test_the_check_names_missing_and_misshapen_tensors(folder, tmp_path, name):
+    saved = tmp_path / "saved"
+    save_checkpoint(saved, load_policy(folder, **SETTINGS))
+    tensors = load_file(saved / name)
+    missing, bent = sorted(tensors)[:2]
+    save_file({**{k: t for k, t in tensors.items() if k != missing}, bent: torch.zeros(3, 3)}, saved / name)
+    with pytest.raises(CheckpointError, match=r"1 missing: .*1 misshapen: .* \(3, 3\) instead of"):
+        check(saved)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: os.truncate(f / "model.safetensors", 20_000), "not a readable safetensors file"),
+        (lambda f: os.truncate(f / "tokenizer.model", 100), "not a SentencePiece model"),
+        (lambda f: (f / "assets" / "fr3" / "norm_stats.json").unlink(), r"no norm_stats\.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: rewrite_json(f / "config.json", lambda v: v["architecture"].update(depth=3)), "missing: .*layers.2"),
+        (lambda f: rewrite_json(f / "config.json", lambda v: v["architecture"].update(vocab_size=500)), "misshapen"),
+        (
+            lambda f: rewrite_json(
+                f / "assets" / "fr3" / "norm_stats.json",
+                lambda v: v["norm_stats"].update(actions=dict.fromkeys(("mean", "std", "q01", "q99"), [1.0] * 33)),
+            ),
+            "33 action values, config.json says action_dim 32",
+        ),
+    ],
+)
+def test_the_check_finds_what_loading_would_find(copy, spoil, message):
+    spoil(copy)
+    with pytest.raises(CheckpointError, match=message):
+        check(copy)
+
+
+def test_the_check_knows_how_many_actions_are_asked_for(folder):
+    with pytest.raises(CheckpointError, match="allowed: 1 to 4"):
+        check(folder, action_chunk=5)
+
+
+def rewrite_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))

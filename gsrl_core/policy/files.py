@@ -1,0 +1,81 @@
+"""Files of a checkpoint: tensors read, looked at and written, and folders that change as a whole."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gsrl_core.errors import CheckpointError
+from gsrl_core.folders import link_or_copy
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError."""
+    with _readable(path):
+        return load_file(path)
+
+
+def tensor_header(path: Path) -> dict[str, Tensor]:
+    """The same without numbers (meta device), after the file's length was found to be right. Raises CheckpointError."""
+    with _readable(path), safe_open(path, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
+    """An empty folder that takes the place of ``folder`` when the block is done without an exception.
+
+    What ``folder`` held beside the entries named ``own`` comes along. Killed at any moment, ``folder`` is the old one
+    or the new one; between two renames it is missing for an instant, with both whole beside it under hidden names.
+    """
+    folder = folder.absolute()
+    fresh, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in own:
+                _bring(path, fresh / path.name)
+        if folder.is_dir():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        for remains in (fresh, old):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def _bring(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
+    else:
+        link_or_copy(source, target)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}")
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error

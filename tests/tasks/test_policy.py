@@ -1,0 +1,40 @@
+"""The starting checkpoint: what is wrong with it is said before anything expensive begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from prefect.states import State
+
+from gsrl_core.config import load
+from gsrl_core.errors import CheckpointError
+from gsrl_core.folders import bundled_folder
+from tasks import policy
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(bundled_folder("bundled:pi05_tiny"), tmp_path / "mine")
+
+
+def fetch(folder, parent, **overrides):
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    return policy.fetch_checkpoint.fn(load("laptop", {"policy.checkpoint": str(folder)} | keys), parent)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused_at_once(tracking, home, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["architecture"]["depth"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"does not fit the architecture\. \d+ missing"):
+        fetch(folder, tracking[1])
+    assert not (home / "objects").exists()
+
+
+def test_a_checkpoint_from_the_store_is_checked_again_for_another_chunk(tracking, folder):
+    fetch(folder, tracking[1])
+    assert isinstance(fetch(folder, tracking[1]), State)  # cached
+    with pytest.raises(CheckpointError, match="allowed: 1 to 5"):
+        fetch(folder, tracking[1], policy__action_chunk=10)
