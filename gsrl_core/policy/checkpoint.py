@@ -20,7 +20,7 @@ from gsrl_core.policy.agent import Pi05Policy, Sampling, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
 from gsrl_core.policy.flow import NoiseHead
-from gsrl_core.policy.keys import check_names, published, sort_tensors
+from gsrl_core.policy.keys import HEADS, check_names, published, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, norm_stats_from_json, norm_stats_to_json
@@ -70,14 +70,7 @@ def load_policy(
     tokenizer = load_tokenizer(folder, config)
     state_stats, action_stats = read_norm_stats(folder)
     sampling = Sampling(denoise_steps, action_chunk, noise_method, noise_level, tuple(noise_std_range))
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        value_head = ValueHead(config.width, config.value_hidden)
-        noise_head = None
-        if noise_method == "flow_noise":
-            noise_head = NoiseHead(
-                config.expert_width, config.noise_hidden, config.action_dim, sampling.noise_std_range
-            )
+    value_head, noise_head = _fresh_heads(config, noise_method, sampling.noise_std_range)
     _load_head(value_head, "value_head.", heads, folder)
     value_head.to(device)
     if noise_head is not None:
@@ -186,10 +179,9 @@ def check_checkpoint(folder: Path, *, action_chunk: int, noise_method: str) -> N
         heads |= tensor_header(folder / "heads.safetensors")
     with torch.device("meta"):
         check_names(network, Pi05(config).state_dict(), str(path))
-        _check_head(ValueHead(config.width, config.value_hidden), "value_head.", heads, folder)
-        if noise_method == "flow_noise":
-            noise_head = NoiseHead(config.expert_width, config.noise_hidden, config.action_dim, (0.1, 0.2))
-            _check_head(noise_head, "noise_head.", heads, folder)
+    for head, prefix in zip(_fresh_heads(config, noise_method), HEADS, strict=True):
+        if head is not None:
+            _check_head(head, prefix, heads, folder)
     load_tokenizer(folder, config)
     _, actions = read_norm_stats(folder)
     if actions.mean.numel() > config.action_dim:
@@ -241,6 +233,18 @@ def read_norm_stats(folder: Path) -> tuple[FieldStats, FieldStats]:
 def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
     # What PPO trains keeps float32 masters: steps of 5e-6 are lost in bfloat16.
     return compute_dtype if name.startswith(_FROZEN) and not any(part in name for part in _WIDE) else torch.float32
+
+
+def _fresh_heads(
+    config: Pi05Config, noise_method: str, noise_std_range: tuple[float, float] = (0.08, 0.16)
+) -> tuple[ValueHead, NoiseHead | None]:
+    """Critic and, for Flow-Noise, noise head; always the same, and without touching the global random state."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        value_head = ValueHead(config.width, config.value_hidden)
+        if noise_method != "flow_noise":
+            return value_head, None
+        return value_head, NoiseHead(config.expert_width, config.noise_hidden, config.action_dim, noise_std_range)
 
 
 def _load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> None:

@@ -23,6 +23,14 @@ class Projection(nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table of zeros: its numbers come from a checkpoint or from ``initialise``.
+
+    nn.Embedding would draw them, which on the meta device makes torch import its compiler (4 s).
+    """
+    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+
+
 class RmsNorm(nn.Module):
     """y = x / rms(x) * (1 + weight), variance in float32."""
 
@@ -188,6 +196,6 @@ class Gemma(nn.Module):
     def __init__(self, size: GemmaSize, vocab_size: int = 0) -> None:
         super().__init__()
         if vocab_size:
-            self.embed_tokens = nn.Embedding(vocab_size, size.width)
+            self.embed_tokens = embedding(vocab_size, size.width)
         self.layers = nn.ModuleList(GemmaLayer(size) for _ in range(size.depth))
         self.norm = size.norm()

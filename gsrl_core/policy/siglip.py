@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gsrl_core.policy.config import Pi05Config
-from gsrl_core.policy.gemma import Projection
+from gsrl_core.policy.gemma import Projection, embedding
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -26,7 +26,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: Pi05Config) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.vision_width, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(config.image_tokens, config.vision_width)
+        self.position_embedding = embedding(config.image_tokens, config.vision_width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Float [B, 3, S, S] in [-1, 1] -> float32 tokens [B, N, W], row-major."""
