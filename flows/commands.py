@@ -42,7 +42,7 @@ def scene(
         from gsrl_core.reconstruct import reconstruct
 
         with full_disk_is_an_error(out):
-            quality = reconstruct(source, out, config.capture, config.fit, ConsoleReporter("scene"))
+            quality = reconstruct(source, out, config.capture, config.fit, config.quality, ConsoleReporter("scene"))
     for gate in quality["gates"]:
         state = "ok" if gate["passed"] else f"NOT MET: {gate['advice']}"
         typer.echo(f"{gate['name']:>20}  {gate['value']} (threshold {gate['threshold']})  {state}")
@@ -133,26 +133,52 @@ def serve(
 def deploy(
     bundle: Bundle,
     robot: Annotated[str, typer.Option(help="Address of the FR3's control interface.")],
-    calibration: Annotated[Path, typer.Option(help="Camera calibration of this bench (form: calib/camera.json).")],
-    camera: Annotated[str, typer.Option(help="Video device: an index or a path.")] = "0",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Camera calibration of this bench (form: calib/camera.json); a dry run can do without."),
+    ] = None,
+    camera: Annotated[
+        str, typer.Option(help="Video device: an index or a path; 'scene': render the package's scene (dry run).")
+    ] = "0",
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A running `serve` of this package; none: start one here.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Compute and log everything, move nothing.")] = False,
-    max_steps: Annotated[int | None, typer.Option(help="Control steps; default: the package's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Control steps; default: the package's.")] = None,
     realtime: Annotated[bool, typer.Option(help="Demand a real-time kernel.")] = True,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the arm moves.")] = False,
     log: Annotated[Path | None, typer.Option(help="Write the episode here as JSON.")] = None,
 ) -> None:
     """Drive one episode on an FR3, inside the package's safety envelope. Keep the emergency stop in your hand.
 
-    real2sim2real deploy --bundle fr3_package --robot 172.16.0.2 --calibration camera.json --dry-run
+    Dead-man switch: hold the space bar (or Enter) down in this terminal while the arm moves; releasing it stops the
+    arm. A dry run and an emulator on loopback need none.
+
+    real2sim2real deploy --bundle fr3_package --robot 172.16.0.2 --dry-run
+
+    real2sim2real deploy --bundle fr3_package --robot 172.16.0.2 --calibration camera.json
     """
+    from contextlib import nullcontext
+
+    from gsrl_core.deploy.deadman import HeldKey
+    from gsrl_core.deploy.server import is_loopback, parse_address
     from gsrl_core.package_run import deploy_package
 
+    address = None if server is None else parse_address(server)
     if not dry_run and not yes:
         typer.confirm(f"The arm at {robot} will move. Workspace clear, emergency stop at hand?", abort=True)
-    summary = deploy_package(
-        bundle, robot, camera=int(camera) if camera.isdigit() else camera, calibration=calibration, dry_run=dry_run,
-        max_steps=max_steps, realtime=realtime, log_path=log,
-    )  # fmt: skip
+    with nullcontext() if dry_run or is_loopback(robot) else HeldKey() as held:
+
+        def before_motion() -> None:
+            if held is not None:
+                typer.echo("Hold the space bar down: the arm moves while it is held, and stops when it is released.")
+                held.wait(60.0)
+
+        summary = deploy_package(
+            bundle, robot, camera=int(camera) if camera.isdigit() else camera, calibration=calibration, server=address,
+            dry_run=dry_run, max_steps=max_steps, realtime=realtime, permit=held, before_motion=before_motion,
+            log_path=log,
+        )  # fmt: skip
     typer.echo(json.dumps(summary, indent=2))
 
 

@@ -47,7 +47,7 @@ def scene(
         capture = run.stage("capture", assets.fetch_capture)
         reconstruction = run.stage("reconstruct", scenes.reconstruct, capture)
         try:
-            scenes.require_quality(reconstruction)
+            scenes.require_quality(run.config, reconstruction)
         except GateError as error:
             return _blocked(run.result(blocked=str(error), reconstruction=reconstruction))
         gsenv = run.config.assets.gsenv

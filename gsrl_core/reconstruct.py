@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
-from gsrl_core.capture.dataset import Capture, View, load_transforms, load_views, write_transforms
+from gsrl_core.capture.dataset import Capture, View, load_transforms, load_views, moved, write_transforms
 from gsrl_core.capture.frames import collect_photos
 from gsrl_core.capture.markers import MARKERS_FILE, align_capture, load_layout
 from gsrl_core.capture.sfm import estimate_cameras
-from gsrl_core.errors import SceneError
+from gsrl_core.errors import CaptureError, SceneError
 from gsrl_core.interfaces import Reporter
-from gsrl_core.sections import CaptureConfig, FitConfig
+from gsrl_core.sections import CaptureConfig, FitConfig, QualityConfig
 from gsrl_core.splat.fit import FitResult, FitSettings, RasterizeFunction, fit
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import write_ply
@@ -32,53 +32,69 @@ from gsrl_core.splat.quality import LPIPS_REASON, psnr, ssim
 QUALITY = "quality.json"
 WORKSPACE = ".work"
 """Folder inside ``out`` that holds unfinished work; it is gone when ``quality.json`` is complete."""
-REGISTERED_FRACTION = 0.8
-"""Gate: share of the photos that could be placed."""
 PICTURES_SHOWN = 6
 _CAPTURE_SHARE, _FIT_SHARE = 0.15, 0.8
 
 
 def reconstruct(
-    photos: Path, out: Path, capture_config: CaptureConfig, fit_config: FitConfig, reporter: Reporter
+    photos: Path,
+    out: Path,
+    capture_config: CaptureConfig,
+    fit_config: FitConfig,
+    thresholds: QualityConfig | None,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Fit a scene to a folder of photos or a video; called again after a crash, it goes on where it was.
 
-    Writes ``scene.ply`` (metric, in the robot base frame as far as tags tell it, else in the scan frame),
-    ``images/`` and ``transforms.json`` (scan frame), ``photo_render.png`` and, last, ``quality.json``.
+    Writes ``scene.ply``, ``images/`` and ``transforms.json`` with ``sparse_points.ply``, all in one frame (the robot's
+    base in metres if known tags tell it, else that of the scan: ``quality.json`` names it), ``photo_render.png`` and,
+    last, ``quality.json``.
 
     Args:
         photos: folder of photos, optionally with markers.json, or a video file.
         out: folder to write.
         capture_config: sizes, tags, which photos are held out.
-        fit_config: steps, number of Gaussians, gates.
+        fit_config: steps, number of Gaussians.
+        thresholds: of the gates in quality.json; None leaves them out, for a caller that judges later.
         reporter: hears progress, metrics and the final pictures.
 
     Returns:
         The content of quality.json.
 
     Raises:
-        CaptureError: the photos cannot be read or placed.
+        CaptureError: the photos cannot be read or placed, or ``out`` holds pictures that are not this function's.
         SceneError: the fit failed, or the backend cannot run here.
     """
     begin = time.monotonic()
     rasterize, device = _backend(fit_config.backend)
     workspace = out / WORKSPACE
+    _check_images_are_ours(photos, out)
     workspace.mkdir(parents=True, exist_ok=True)
-    (out / QUALITY).unlink(missing_ok=True)  # it says that the other files are complete
     capture = _capture(photos, workspace / "capture", capture_config, reporter)
     views = load_views(capture, capture_config.max_image_side)
     held_out, training = split_views(views, capture.residuals["photos"], capture_config.held_out_every)
-    settings = FitSettings(**fit_config.model_dump(exclude={"backend", "min_psnr", "max_scale_residual_mm"}))
+    settings = FitSettings(**fit_config.model_dump(exclude={"backend"}))
     fitted = fit(
         training, capture.points, capture.colors, settings, rasterize, workspace, _FitProgress(reporter), device
     )
     scores = _scores(fitted.gaussians, held_out, rasterize, device)
     _write_outputs(out, capture, fitted.gaussians, scores, reporter)
     quality = _quality(capture, fitted, scores, capture_config, fit_config, time.monotonic() - begin)
+    if thresholds is not None:
+        quality["gates"] = gates(quality, thresholds)
     write_json(out / QUALITY, quality)
     shutil.rmtree(workspace)
     reporter.progress(1.0, f"{len(fitted.gaussians)} Gaussians, {len(scores)} photos held out")
     return quality
+
+
+def _check_images_are_ours(photos: Path, out: Path) -> None:
+    """``out / images`` is replaced in the end: it must not be what a person put there."""
+    images, source = (out / "images").resolve(), photos.resolve()
+    if source == images or images in source.parents:
+        raise CaptureError(f"{photos} lies where undistorted copies would be written; choose another folder than {out}")
+    if images.is_dir() and not ((out / QUALITY).is_file() or (out / WORKSPACE).is_dir()):
+        raise CaptureError(f"{out} holds a folder images that is not of a reconstruction; choose another folder")
 
 
 def split_views(views: Sequence[View], photos: Sequence[str], every: int) -> tuple[list[View], list[View]]:
@@ -169,6 +185,7 @@ def _scores(gaussians: Gaussians, views: Sequence[View], rasterize: RasterizeFun
 def _write_outputs(
     out: Path, capture: Capture, gaussians: Gaussians, scores: Sequence[_Score], reporter: Reporter
 ) -> None:
+    (out / QUALITY).unlink(missing_ok=True)  # it says that the other files are complete
     images = out / "images"
     if images.is_dir():
         shutil.rmtree(images)
@@ -176,6 +193,8 @@ def _write_outputs(
     for image in capture.images:
         shutil.copy2(image, images / image.name)
     kept = replace(capture, images=tuple(images / image.name for image in capture.images))
+    if capture.base_from_scan is not None:
+        kept = moved(kept, capture.base_from_scan)
     write_transforms(out / "transforms.json", kept)
     write_ply(out / "scene.ply", in_base_frame(gaussians, capture.base_from_scan))
     if scores:
@@ -212,6 +231,7 @@ def _quality(
     residuals = capture.residuals
     quality: dict[str, Any] = {key: residuals[key] for key in ("registered", "total", "reprojection_px", "scale")}
     return quality | {
+        "base_from_scan": None if capture.base_from_scan is None else capture.base_from_scan.tolist(),
         "not_registered": residuals["not_registered"],
         "psnr": float(np.mean([score.psnr for score in scores])) if scores else None,
         "ssim": float(np.mean([score.ssim for score in scores])) if scores else None,
@@ -223,18 +243,20 @@ def _quality(
         "steps": fit_config.steps,
         "fit_seconds": fitted.seconds,
         "seconds": seconds,
-        "gates": gates(residuals, [score.psnr for score in scores], fit_config),
     }
 
 
-def gates(residuals: Any, held_out_psnr: Sequence[float], config: FitConfig) -> list[dict[str, Any]]:
+def gates(quality: Mapping[str, Any], thresholds: QualityConfig) -> list[dict[str, Any]]:
     """What must hold before a robot is put into the scene; each entry has name, value, threshold, passed and advice.
 
     An unknown value never passes.
+
+    Args:
+        quality: content of quality.json.
+        thresholds: what is asked for; may differ from those of the time when the file was written.
     """
-    scale, total = residuals["scale"], residuals["total"]
-    mean = float(np.mean(held_out_psnr)) if len(held_out_psnr) else None
-    fraction = residuals["registered"] / total
+    scale, total, mean = quality["scale"], quality["total"], quality["psnr"]
+    fraction = quality["registered"] / total
 
     def gate(name: str, value: Any, threshold: Any, passed: Callable[[Any], bool], advice: str) -> dict[str, Any]:
         good = value is not None and passed(value)
@@ -242,19 +264,20 @@ def gates(residuals: Any, held_out_psnr: Sequence[float], config: FitConfig) -> 
 
     return [
         gate(
-            "registered_fraction", fraction, REGISTERED_FRACTION, lambda value: value >= REGISTERED_FRACTION,
-            f"{total - residuals['registered']} of {total} photos could not be placed; photograph with more overlap "
+            "registered_fraction", fraction, thresholds.min_registered,
+            lambda value: value >= thresholds.min_registered,
+            f"{total - quality['registered']} of {total} photos could not be placed; photograph with more overlap "
             "(60 % between neighbours) or remove the photos named in not_registered",
         ),
         gate(
-            "psnr", mean, config.min_psnr, lambda value: value >= config.min_psnr,
+            "psnr", mean, thresholds.min_psnr, lambda value: value >= thresholds.min_psnr,
             "raise fit.steps and fit.max_gaussians, keep exposure and white balance fixed while photographing, and "
             "look at photo_render.png" if mean is not None
             else "no held-out photo could be placed; lower capture.held_out_every",
         ),
         gate(
-            "scale_residual_mm", scale["residual_mm"], config.max_scale_residual_mm,
-            lambda value: value <= config.max_scale_residual_mm,
+            "scale_residual_mm", scale["residual_mm"], thresholds.max_scale_residual_mm,
+            lambda value: value <= thresholds.max_scale_residual_mm,
             "the tags disagree; measure the edge and corners of the tags again and keep them flat"
             if scale["residual_mm"] is not None
             else "the scale is unknown; put ArUco tags on the bench and give capture.marker_size or markers.json",

@@ -50,17 +50,31 @@ class FitConfig(Section):
     backend: Literal["auto", "numba", "gsplat"] = "auto"
     """Rasteriser; auto takes gsplat when a CUDA device is there."""
     steps: int = Field(30_000, ge=1, le=1_000_000)
-    max_gaussians: int = Field(1_000_000, ge=100, le=50_000_000)
+    """Optimiser steps, one photo each."""
+    max_gaussians: int = Field(1_000_000, ge=100, le=16_000_000)
+    """Budget that densification grows to."""
     sh_degree: int = Field(3, ge=0, le=3)
+    """Degree of the spherical harmonics; 0 is a colour that does not depend on the direction."""
     ssim_weight: float = Field(0.2, ge=0, le=1)
+    """Share of 1 - SSIM in the loss; the rest is L1."""
     densify_every: int = Field(100, ge=1)
+    """Steps between prunings and splits."""
     densify_until: float = Field(0.5, ge=0, le=1)
     """Fraction of the steps after which no Gaussian is added."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps between saved states; a killed run loses at most these."""
     seed: int = 0
+
+
+class QualityConfig(Section):
+    """What a reconstruction must reach before a robot is put into it; changing these repeats no fit."""
+
     min_psnr: float = Field(20.0, ge=0)
-    """Gate: held-out PSNR [dB]."""
+    """Mean PSNR of the held-out photos [dB]."""
     max_scale_residual_mm: float = Field(5.0, gt=0)
-    """Gate: residual of the tag corners after metric alignment [mm]."""
+    """Residual of the tag corners after metric alignment [mm]."""
+    min_registered: float = Field(0.8, gt=0, le=1)
+    """Share of the photos that could be placed."""
 
 
 class CameraConfig(Section):
@@ -251,6 +265,7 @@ class PipelineConfig(Section):
     assets: AssetsConfig = AssetsConfig()
     capture: CaptureConfig = CaptureConfig()
     fit: FitConfig = FitConfig()
+    quality: QualityConfig = QualityConfig()
     sim: SimConfig = SimConfig()
     policy: PolicyConfig = PolicyConfig()
     demos: DemosConfig = DemosConfig()

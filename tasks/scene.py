@@ -27,7 +27,6 @@ RECONSTRUCTION = Stage(
 SCENE = Stage("assemble", "scene", modules=("gsrl_core.assemble",))
 
 _RESUMABLE = ".work"
-_VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 
 @task(name="reconstruct", **options.STAGE)
@@ -48,14 +47,16 @@ def assemble_scene(
     return run_stage(SCENE, config, inputs, _assemble, parent_run_id)
 
 
-def require_quality(reconstruction: Artifact) -> None:
-    """The gate after reconstruction.
+def require_quality(config: PipelineConfig, reconstruction: Artifact) -> None:
+    """The gate after reconstruction, by the thresholds of this run.
 
     Raises:
         GateError: a measured value misses its threshold; says which, by how much, and what helps.
     """
-    gates = json.loads((reconstruction.path / "quality.json").read_text())["gates"]
-    failed = [gate for gate in gates if not gate["passed"]]
+    from gsrl_core.reconstruct import gates
+
+    quality = json.loads((reconstruction.path / "quality.json").read_text())
+    failed = [gate for gate in gates(quality, config.quality) if not gate["passed"]]
     if failed:
         raise GateError(
             "the reconstruction is not good enough: "
@@ -68,15 +69,20 @@ def _reconstruct(build: Build) -> dict[str, Any]:
 
     # The driver resumes from a folder inside its output, which therefore lies in the workspace until it is done.
     draft = build.workspace / "draft"
-    quality = driver(_photos(build.inputs["capture"]), draft, build.config.capture, build.config.fit, build.reporter)
+    # The gates are judged by require_quality: another threshold must not repeat the fit.
+    photos = _photos(build.inputs["capture"])
+    quality = driver(photos, draft, build.config.capture, build.config.fit, None, build.reporter)
     shutil.copytree(draft, build.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RESUMABLE))
     return {key: quality[key] for key in ("psnr", "ssim", "registered", "total", "gaussians", "reprojection_px")}
 
 
 def _photos(capture: Path) -> Path:
-    """The folder of photos, or the file when the capture is one video."""
-    files = [path for path in capture.rglob("*") if path.is_file()]
-    return files[0] if len(files) == 1 and files[0].suffix.lower() in _VIDEO else capture
+    """The folder of photos, or the file when the capture is one video (markers.json may lie beside it)."""
+    from gsrl_core.capture.frames import PHOTO_SUFFIXES, VIDEO_SUFFIXES
+
+    videos = [path for path in capture.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES]
+    photos = [path for path in capture.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES]
+    return videos[0] if len(videos) == 1 and not photos else capture
 
 
 def _assemble(build: Build) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,26 @@ class Capture:
     def K(self) -> Tensor:  # noqa: N802 (the name of the field)
         """float32 [C, 3, 3]."""
         return torch.cat([camera.K for camera in self.cameras])
+
+
+def moved(capture: Capture, similarity: Tensor) -> Capture:
+    """The same capture in another frame, its ``base_from_scan`` forgotten.
+
+    Args:
+        capture: cameras and points in frame a.
+        similarity: float64 [4, 4], frame b from frame a: a rotation, one scale and a translation.
+    """
+    scale = float(torch.linalg.det(similarity[:3, :3])) ** (1 / 3)
+    rotation, translation = similarity[:3, :3] / scale, similarity[:3, 3]
+    cameras = []
+    for camera in capture.cameras:
+        pose = camera.world_to_camera.double().clone()
+        # x_camera = R x_a + t and x_b = s Q x_a + u; measured in units of b the camera sees s x_camera.
+        pose[:, :3, :3] = pose[:, :3, :3] @ rotation.T
+        pose[:, :3, 3] = scale * pose[:, :3, 3] - pose[:, :3, :3] @ translation
+        cameras.append(Camera(pose.float(), camera.K, camera.width, camera.height))
+    points = (capture.points.double() @ similarity[:3, :3].T + translation).float()
+    return replace(capture, cameras=tuple(cameras), points=points, base_from_scan=None)
 
 
 @dataclass(frozen=True)

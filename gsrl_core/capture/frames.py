@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,13 +94,14 @@ def sharp_frames(video: Path, folder: Path, max_frames: int, progress: Progress 
         old.unlink()
     written: list[Path] = []
     try:
-        end = _last_timestamp(video)
-        bin_length = max(end / max_frames * (1 + 1e-9), _MINIMUM_BIN_S)
+        begin, end = _time_span(video)
+        bin_length = max((end - begin) / max_frames * (1 + 1e-9), _MINIMUM_BIN_S)
         with av.open(str(video)) as container:
-            for index, image in _sharpest_per_bin(_frames(container), bin_length):
+            for index, image in _sharpest_per_bin(_frames(container), begin, bin_length):
                 written.append(folder / f"frame_{index:05d}.jpg")
                 Image.fromarray(image).save(written[-1], quality=95)
-                progress(min(1.0, (index + 1) * bin_length / max(end, bin_length)), f"{len(written)} frames taken")
+                done = (index + 1) * bin_length / max(end - begin, bin_length)
+                progress(min(1.0, done), f"{len(written)} frames taken")
     except (av.error.FFmpegError, IndexError) as error:
         raise CaptureError(
             f"{video}: cannot be decoded as a video ({error}); record it again or convert it to H.264 MP4"
@@ -111,17 +113,21 @@ def sharp_frames(video: Path, folder: Path, max_frames: int, progress: Progress 
     return written
 
 
-def _last_timestamp(video: Path) -> float:
-    """End of the last frame in seconds, from packet times, because containers often do not state a duration."""
+def _time_span(video: Path) -> tuple[float, float]:
+    """Begin and end of the pictures in seconds, from packet times, because containers often do not state them.
+
+    A clip cut out of a longer film may begin late.
+    """
     import av
 
-    end = 0.0
+    begin, end = math.inf, 0.0
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             if packet.pts is not None:
+                begin = min(begin, float(packet.pts * stream.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * stream.time_base))
-    return end
+    return min(begin, end), end
 
 
 def _frames(container: av.container.InputContainer) -> Iterator[tuple[float, np.ndarray]]:
@@ -135,12 +141,12 @@ def _frames(container: av.container.InputContainer) -> Iterator[tuple[float, np.
 
 
 def _sharpest_per_bin(
-    frames: Iterator[tuple[float, np.ndarray]], bin_length: float
+    frames: Iterator[tuple[float, np.ndarray]], begin: float, bin_length: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Bin number and image of the sharpest frame of each time bin, in order of time."""
     current, best, best_image = -1, -1.0, None
     for time, image in frames:
-        index = int(time / bin_length)
+        index = int((time - begin) / bin_length)
         if index != current:
             if best_image is not None:
                 yield current, np.ascontiguousarray(best_image)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,6 @@ EXHAUSTIVE_LIMIT = 80
 _NEIGHBOURS, _OVERLAP = 20, 6
 _EXIF_IFD, _EXIF_FOCAL_35MM, _EXIF_MAKE, _EXIF_MODEL = 0x8769, 0xA405, 0x010F, 0x0110
 _FILM_WIDTH_MM = 36.0
-_STDERR_LINES = 15
 
 
 def estimate_cameras(
@@ -104,10 +105,13 @@ def _prepare(photos: Sequence[Path], folder: Path, image_side: int) -> list[dict
 
 def _exif_lens(photo: Path) -> tuple[str, float | None]:
     """Maker and model, and the 35 mm equivalent focal length (mm) if the photo states one."""
-    with Image.open(photo) as image:
-        exif = image.getexif()
-    focal = exif.get_ifd(_EXIF_IFD).get(_EXIF_FOCAL_35MM)
-    return f"{exif.get(_EXIF_MAKE)} {exif.get(_EXIF_MODEL)}", float(focal) if focal else None
+    try:
+        with Image.open(photo) as image:
+            exif = image.getexif()
+        focal = float(exif.get_ifd(_EXIF_IFD).get(_EXIF_FOCAL_35MM) or 0)
+        return f"{exif.get(_EXIF_MAKE)} {exif.get(_EXIF_MODEL)}", focal if 0 < focal < math.inf else None
+    except (ValueError, TypeError, SyntaxError, struct.error, OSError):
+        return "", None  # a broken tag: the pixels were read, and the focal length is estimated anyway
 
 
 def _run_worker(folder: Path, request: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
@@ -133,8 +137,11 @@ def _run_worker(folder: Path, request: dict[str, Any], progress: Progress) -> di
             process.kill()
         if code != 0 or not answer.exists():
             errors.seek(0)
-            tail = "\n".join(errors.read().splitlines()[-_STDERR_LINES:])
-            raise CaptureError(f"structure from motion (COLMAP) stopped with code {code}; its last words:\n{tail}")
+            text = errors.read()
+            log = folder / "colmap.log"
+            log.write_text(text)
+            last = (text.strip().splitlines() or ["it said nothing"])[-1]
+            raise CaptureError(f"structure from motion (COLMAP) stopped with code {code}: {last} (all of it: {log})")
     with np.load(answer) as arrays:
         return dict(arrays)
 

@@ -57,14 +57,14 @@ class CameraRig:
 
     def _now(self, name: str, body_to_world: Tensor, motion: Tensor | None) -> Camera:
         camera = self._resting[name]
+        if name not in self._mounts and motion is None:
+            return camera
         pose = camera.world_to_camera
         if name in self._mounts:
             # At rest the pose is relative to the link.
             pose = pose @ rigid_inverse(body_to_world[:, self._mounts[name]])
         if motion is not None:
             pose = motion @ pose
-        if len(pose) == 1:
-            return camera
         return Camera(pose.contiguous(), camera.K.expand(len(pose), 3, 3), camera.width, camera.height)
 
 

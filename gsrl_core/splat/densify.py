@@ -27,6 +27,8 @@ LEARNING_RATES = {
 PRUNE_OPACITY = 0.005
 PRUNE_EXTENT = 1.0
 """Gaussians with a larger standard deviation than this fraction of the scene's extent are removed."""
+_SHRINK = 0.6
+"""Standard deviation of a half along the split axis, relative to its parent's."""
 
 
 class Trainable:
@@ -185,19 +187,21 @@ class Growth:
 def split_along_longest_axis(model: Trainable, index: Tensor) -> dict[str, Tensor]:
     """Two halves of each Gaussian in ``index`` [S], side by side along its longest axis: name -> [2 S, ...].
 
-    The halves have the parent's second moment: offsets +-d and deviation s' along the axis with d^2 + s'^2 = s^2.
+    Together the halves have the parent's moments along that axis up to the second: offsets +-d and deviation s' with
+    d^2 + s'^2 = s^2, and opacity o' with 2 o' s' = o s.
     """
-    shrink = 0.6
     parents = {name: model[name].detach()[index] for name in NAMES}
     scales, axis = parents["log_scales"].exp().max(dim=-1)
     rotation = quat_to_matrix(parents["quats"])
     direction = torch.gather(rotation, 2, axis[:, None, None].expand(-1, 3, 1))[..., 0]
-    offset = direction * (scales * math.sqrt(1 - shrink**2))[:, None]
+    offset = direction * (scales * math.sqrt(1 - _SHRINK**2))[:, None]
     log_scales = parents["log_scales"].clone()
-    log_scales.scatter_add_(1, axis[:, None], torch.full_like(scales[:, None], math.log(shrink)))
+    log_scales.scatter_add_(1, axis[:, None], torch.full_like(scales[:, None], math.log(_SHRINK)))
+    opacities = torch.sigmoid(parents["logit_opacities"]) / (2 * _SHRINK)
     children = {name: torch.cat([value, value]) for name, value in parents.items()}
     children["means"] = torch.cat([parents["means"] + offset, parents["means"] - offset])
     children["log_scales"] = torch.cat([log_scales, log_scales])
+    children["logit_opacities"] = torch.logit(torch.cat([opacities, opacities]))
     return children
 
 

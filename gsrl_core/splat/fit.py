@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +24,11 @@ from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.quality import photometric_loss, psnr
 
-CHECKPOINT_SECONDS = 15.0
 METRICS_EVERY = 50
 FINAL_MEANS_RATE = 0.01
 """The means' learning rate decays exponentially to this fraction."""
 _CHECKPOINT = "fit.pt"
+logger = logging.getLogger(__name__)
 
 RasterizeFunction = Callable[..., tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]
 
@@ -52,6 +55,7 @@ class FitSettings:
     ssim_weight: float
     densify_every: int
     densify_until: float
+    checkpoint_every: int
     seed: int
 
 
@@ -105,7 +109,7 @@ def fit(
     """Optimise Gaussians so that they look like the photos.
 
     The same input gives the same result (on the CPU bit for bit), also when the process was killed and called again
-    with the same ``workspace``.
+    with the same ``workspace``. A checkpoint there of other photos, cameras, points or settings is not continued.
 
     Args:
         views: photos to fit with their cameras.
@@ -118,7 +122,7 @@ def fit(
         device: of the rasteriser.
 
     Raises:
-        SceneError: no photos, too few points, a checkpoint of another run, or a loss that is not finite.
+        SceneError: no photos, too few points, or a loss that is not finite.
     """
     if not views:
         raise SceneError("fit: no photos to fit; lower capture.held_out_every or give more photos")
@@ -142,6 +146,7 @@ class _Loop:
         self.photos = [view.rgb.to(self.device, torch.float32) / 255 for view in views]
         self.cameras = [view.camera.to(self.device) for view in views]
         self.extent = scene_extent(torch.cat([view.camera.centers for view in views]))
+        self.fingerprint = _fingerprint(views, points, colors, settings, self.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step, self.seconds = 0, 0.0
         self.queue: list[int] = []
@@ -153,7 +158,7 @@ class _Loop:
             self.growth = Growth(len(self.model), self.device)
 
     def run(self, reporter: FitReporter) -> FitResult:
-        begin = saved = time.monotonic()
+        begin = time.monotonic()
         before = self.seconds
         while self.step < self.settings.steps:
             loss, picture, photo = self._optimize()
@@ -164,13 +169,11 @@ class _Loop:
                     "(look at transforms.json) or the optimisation diverged (try another fit.seed)"
                 )
             self._densify()
-            now = time.monotonic()
-            self.seconds = before + now - begin
+            self.seconds = before + time.monotonic() - begin
             if self.step % METRICS_EVERY == 0 or self.step == self.settings.steps:
                 self._report(reporter, loss, psnr(picture.detach().clamp(0, 1), photo))
-            if now - saved > CHECKPOINT_SECONDS or self.step == self.settings.steps:
+            if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
                 self._save()
-                saved = now
         return FitResult(self.model.gaussians().to("cpu"), self.seconds)
 
     def _optimize(self) -> tuple[float, Tensor, Tensor]:
@@ -214,15 +217,9 @@ class _Loop:
         reporter.metrics(values, self.step)
         reporter.progress(self.step / steps, f"step {self.step}/{steps}, {count} Gaussians, {decibel:.1f} dB")
 
-    def _fingerprint(self) -> dict[str, Any]:
-        sizes = [tuple(photo.shape) for photo in self.photos]
-        poses = [float(camera.world_to_camera.double().sum()) for camera in self.cameras]
-        pixels = [float(photo.double().sum()) for photo in self.photos]
-        return {"settings": asdict(self.settings), "sizes": sizes, "poses": poses, "pixels": pixels}
-
     def _save(self) -> None:
         state = {
-            "fingerprint": self._fingerprint(), "step": self.step, "seconds": self.seconds, "queue": self.queue,
+            "fingerprint": self.fingerprint, "step": self.step, "seconds": self.seconds, "queue": self.queue,
             "generator": self.generator.get_state(), "initial": self.initial, "model": self.model.state(),
             "growth": {"score": self.growth.score, "seen": self.growth.seen},
         }  # fmt: skip
@@ -237,9 +234,14 @@ class _Loop:
     def _resume(self) -> bool:
         if not self.checkpoint.is_file():
             return False
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if state["fingerprint"] != self._fingerprint():
-            return False  # other photos, cameras or settings: what was fitted there is of no use
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            logger.warning("%s cannot be read (%s); the fit starts anew", self.checkpoint, error)
+            return False
+        if state["fingerprint"] != self.fingerprint:
+            logger.info("%s is of another fit; this one starts anew", self.checkpoint)
+            return False
         self.step, self.seconds, self.queue = state["step"], state["seconds"], state["queue"]
         self.generator.set_state(state["generator"].cpu())
         self.initial = state["initial"]
@@ -247,6 +249,21 @@ class _Loop:
         self.growth = Growth(len(self.model), self.device)
         self.growth.score, self.growth.seen = state["growth"]["score"], state["growth"]["seen"]
         return True
+
+
+def _fingerprint(
+    views: Sequence[View], points: Tensor, colors: Tensor, settings: FitSettings, device: torch.device
+) -> str:
+    """Digest of all that decides the result; a checkpoint with another one is not continued."""
+    digest = hashlib.sha256(repr((settings, device.type)).encode())
+    for tensor in (
+        points,
+        colors,
+        *(t for view in views for t in (view.rgb, view.camera.world_to_camera, view.camera.K)),
+    ):
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def scene_extent(centers: Tensor) -> float:

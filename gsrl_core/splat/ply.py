@@ -81,6 +81,8 @@ def _parse_header(path: Path, content: bytes) -> tuple[str, int, np.dtype, bytes
 
 
 def _row_type(path: Path, properties: list[list[str]], order: str) -> np.dtype:
+    if not properties:
+        raise SceneError(f"{path}: its vertices have no properties; this is not a splat file")
     fields = []
     for words in properties:
         if len(words) != 2 or words[0] not in _TYPES:

@@ -9,18 +9,19 @@ from PIL import Image
 
 import gsrl_core.reconstruct as module
 from gsrl_core.capture.dataset import Capture, View, load_transforms
-from gsrl_core.errors import SceneError
+from gsrl_core.errors import CaptureError, SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import rotvec_to_matrix
 from gsrl_core.interfaces import NullReporter
 from gsrl_core.reconstruct import gates, in_base_frame, photo_beside_render, reconstruct, split_views
-from gsrl_core.sections import CaptureConfig, FitConfig
+from gsrl_core.sections import CaptureConfig, FitConfig, QualityConfig
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.ply import read_ply
 from gsrl_core.splat.raster_numba import rasterize
 
-FIT = FitConfig(backend="numba", steps=60, max_gaussians=400, sh_degree=1, densify_every=20, min_psnr=10)
+FIT = FitConfig(backend="numba", steps=60, max_gaussians=400, sh_degree=1, densify_every=20, checkpoint_every=10)
+THRESHOLDS = QualityConfig(min_psnr=10)
 CAPTURE = CaptureConfig(max_image_side=64, held_out_every=4)
 BASE_FROM_SCAN = torch.eye(4, dtype=torch.float64)
 BASE_FROM_SCAN[:3, :3] = 0.5 * rotvec_to_matrix(torch.tensor([0.2, -0.4, 0.9], dtype=torch.float64))
@@ -80,7 +81,7 @@ def patched(scan, monkeypatch):
 def test_all_files_are_written_and_agree(patched, tmp_path):
     folder, _ = patched
     out = tmp_path / "out"
-    quality = reconstruct(folder, out, CAPTURE, FIT, NullReporter())
+    quality = reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, NullReporter())
     assert sorted(p.name for p in out.iterdir()) == [
         "images", "photo_render.png", "quality.json", "scene.ply", "sparse_points.ply", "transforms.json",
     ]  # fmt: skip
@@ -94,15 +95,12 @@ def test_all_files_are_written_and_agree(patched, tmp_path):
     again = load_transforms(out / "transforms.json")
     assert [image.name for image in again.images] == [f"photo_{i}.png" for i in range(9)]
     assert all(image.is_relative_to(out) for image in again.images)
-    assert torch.allclose(again.base_from_scan, BASE_FROM_SCAN)
-    # The splat file is in the base frame: bringing the camera there shows the held-out photo.
+    assert quality["base_from_scan"] == BASE_FROM_SCAN.tolist() and again.base_from_scan is None
+    # Cameras and splats are in one frame: the held-out camera sees the held-out photo.
     gaussians = read_ply(out / "scene.ply")
     assert len(gaussians) == quality["gaussians"]
     camera = again.cameras[4]
-    rotation = BASE_FROM_SCAN[:3, :3].float() / 0.5
-    view = torch.eye(4)
-    view[:3, :3] = camera.world_to_camera[0, :3, :3] @ rotation.T
-    view[:3, 3] = 0.5 * camera.world_to_camera[0, :3, 3] - view[:3, :3] @ BASE_FROM_SCAN[:3, 3].float()
+    view = camera.world_to_camera[0]
     rgb = rasterize(*gaussians.tensors(), view, camera.K[0], camera.width, camera.height, torch.zeros(3))[0]
     photo = torch.from_numpy(np.array(Image.open(folder / "photo_4.png"))).float() / 255
     assert module.psnr(rgb.clamp(0, 1), photo) == pytest.approx(quality["held_out"]["photo_4.png"]["psnr"], abs=0.05)
@@ -116,7 +114,6 @@ class StopError(Exception):
 
 def test_a_killed_reconstruction_goes_on_without_new_cameras(patched, tmp_path, monkeypatch):
     folder, calls = patched
-    monkeypatch.setattr("gsrl_core.splat.fit.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr("gsrl_core.splat.fit.METRICS_EVERY", 40)
 
     class Stopper(NullReporter):
@@ -126,19 +123,19 @@ def test_a_killed_reconstruction_goes_on_without_new_cameras(patched, tmp_path, 
 
     out = tmp_path / "out"
     with pytest.raises(StopError):
-        reconstruct(folder, out, CAPTURE, FIT, Stopper())
+        reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, Stopper())
     assert not (out / "quality.json").exists()
-    assert torch.load(out / ".work" / "fit.pt", weights_only=True)["step"] == 39
+    assert torch.load(out / ".work" / "fit.pt", weights_only=True)["step"] == 30
     steps = []
 
     class Listener(NullReporter):
         def metrics(self, values, step):
             steps.append(step)
 
-    resumed = reconstruct(folder, out, CAPTURE, FIT, Listener())
+    resumed = reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, Listener())
     assert steps == [40, 60]
     assert len(calls) == 1 and not (out / ".work").exists()
-    whole = reconstruct(folder, tmp_path / "whole", CAPTURE, FIT, NullReporter())
+    whole = reconstruct(folder, tmp_path / "whole", CAPTURE, FIT, THRESHOLDS, NullReporter())
     assert (out / "scene.ply").read_bytes() == (tmp_path / "whole" / "scene.ply").read_bytes()
     assert resumed["psnr"] == whole["psnr"]
 
@@ -152,9 +149,9 @@ def test_changed_photos_are_registered_again(patched, tmp_path, monkeypatch):
             raise StopError
 
     with pytest.raises(StopError):
-        reconstruct(folder, out, CAPTURE, FIT, Stopper())
+        reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, Stopper())
     Image.new("RGB", (48, 64), (9, 9, 9)).save(folder / "photo_2.png")
-    reconstruct(folder, out, CAPTURE, FIT, NullReporter())
+    reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, NullReporter())
     assert len(calls) == 2
 
 
@@ -166,14 +163,21 @@ def test_progress_runs_from_nothing_to_one(patched, tmp_path):
         def progress(self, fraction, message):
             fractions.append(fraction)
 
-    reconstruct(folder, tmp_path / "out", CAPTURE, FIT, Listener())
+    reconstruct(folder, tmp_path / "out", CAPTURE, FIT, THRESHOLDS, Listener())
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
 
 
 def test_gsplat_without_cuda_is_refused(patched, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SceneError, match=r"fit\.backend=numba"):
-        reconstruct(patched[0], tmp_path / "out", CAPTURE, FIT.model_copy(update={"backend": "gsplat"}), NullReporter())
+        reconstruct(
+            patched[0],
+            tmp_path / "out",
+            CAPTURE,
+            FIT.model_copy(update={"backend": "gsplat"}),
+            THRESHOLDS,
+            NullReporter(),
+        )
 
 
 def views(*names):
@@ -208,32 +212,73 @@ def test_pictures_of_different_shapes_share_a_sheet():
     assert sheet[0, 7].tolist() == [1, 1, 1] and sheet[0, 8].tolist() == [0, 0, 0]
 
 
-RESIDUALS = {"registered": 20, "total": 20, "scale": SCALE}
+GOOD = {"registered": 20, "total": 20, "scale": SCALE, "psnr": 24.0}
 
 
 @pytest.mark.parametrize(
-    ("residuals", "held_out", "failed", "advice"),
+    ("changed", "failed", "advice"),
     [
-        (RESIDUALS, [25.0, 23.0], [], ""),
-        (RESIDUALS, [21.0, 18.0], ["psnr"], "fit.steps"),
-        (RESIDUALS, [], ["psnr"], "held_out_every"),
-        ({**RESIDUALS, "registered": 15}, [25.0], ["registered_fraction"], "5 of 20"),
-        ({**RESIDUALS, "scale": {**SCALE, "residual_mm": 7.0}}, [25.0], ["scale_residual_mm"], "disagree"),
+        ({}, [], ""),
+        ({"psnr": 19.5}, ["psnr"], "fit.steps"),
+        ({"psnr": None}, ["psnr"], "held_out_every"),
+        ({"psnr": float("nan")}, ["psnr"], "fit.steps"),
+        ({"registered": 15}, ["registered_fraction"], "5 of 20"),
+        ({"scale": {**SCALE, "residual_mm": 7.0}}, ["scale_residual_mm"], "disagree"),
         (
-            {**RESIDUALS, "scale": {**SCALE, "residual_mm": None, "frame": "scan"}},
-            [25.0],
+            {"scale": {**SCALE, "residual_mm": None, "frame": "scan"}},
             ["scale_residual_mm", "frame"],
             "scale is unknown",
         ),
-        ({**RESIDUALS, "scale": {**SCALE, "frame": "table"}}, [25.0], ["frame"], "base frame"),
-        (RESIDUALS, [float("nan")], ["psnr"], "fit.steps"),
+        ({"scale": {**SCALE, "frame": "table"}}, ["frame"], "base frame"),
     ],
 )
-def test_gates(residuals, held_out, failed, advice):
-    found = gates(residuals, held_out, FitConfig(min_psnr=20, max_scale_residual_mm=5))
+def test_gates(changed, failed, advice):
+    found = gates({**GOOD, **changed}, QualityConfig(min_psnr=20, max_scale_residual_mm=5, min_registered=0.8))
     assert [gate["name"] for gate in found if not gate["passed"]] == failed
     assert all(bool(gate["advice"]) != gate["passed"] for gate in found)
     assert not advice or advice in next(gate["advice"] for gate in found if not gate["passed"])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "failed"),
+    [
+        ({"min_psnr": 25}, "psnr"),
+        ({"max_scale_residual_mm": 0.3}, "scale_residual_mm"),
+        ({"min_registered": 1}, "registered_fraction"),
+    ],
+)
+def test_every_threshold_acts(thresholds, failed):
+    found = gates({**GOOD, "registered": 19}, QualityConfig(**thresholds))
+    assert [gate["name"] for gate in found if not gate["passed"]] == [failed]
+
+
+def test_photos_of_a_person_are_never_replaced(patched, tmp_path):
+    folder, calls = patched
+    bench = tmp_path / "bench"
+    (bench / "images").mkdir(parents=True)
+    for photo in folder.iterdir():
+        (bench / "images" / photo.name).write_bytes(photo.read_bytes())
+    for source in (bench / "images", folder):
+        with pytest.raises(CaptureError, match="choose another folder"):
+            reconstruct(source, bench, CAPTURE, FIT, THRESHOLDS, NullReporter())
+    assert len(list((bench / "images").iterdir())) == 9 and not calls
+
+
+def test_an_earlier_result_is_replaced_only_by_a_whole_one(patched, tmp_path):
+    folder, _ = patched
+    out = tmp_path / "out"
+    short = FIT.model_copy(update={"steps": 5})
+    first = reconstruct(folder, out, CAPTURE, short, THRESHOLDS, NullReporter())
+
+    class Stopper(NullReporter):
+        def metrics(self, values, step):
+            raise StopError
+
+    with pytest.raises(StopError):
+        reconstruct(folder, out, CAPTURE, FIT, THRESHOLDS, Stopper())
+    assert json.loads((out / "quality.json").read_text()) == first
+    assert reconstruct(folder, out, CAPTURE, short, None, NullReporter())["psnr"] == first["psnr"]
+    assert "gates" not in json.loads((out / "quality.json").read_text())
 
 
 def repository():
@@ -246,7 +291,7 @@ def test_bundled_tabletop_reaches_its_quality(tmp_path):
 
     config = load("laptop")
     source = repository() / "gsrl_core" / "bundled" / "capture_tabletop"
-    quality = reconstruct(source, tmp_path / "out", config.capture, config.fit, NullReporter())
+    quality = reconstruct(source, tmp_path / "out", config.capture, config.fit, config.quality, NullReporter())
     assert quality["registered"] == 30 and quality["psnr"] >= 27
     assert all(gate["passed"] for gate in quality["gates"])
 
@@ -258,7 +303,7 @@ def test_monstree_reaches_its_quality(tmp_path):
         pytest.skip("the monstree photos are not on this machine")
     from gsrl_core.config import load
 
-    config = load("laptop", {"capture.max_image_side": 504, "capture.sfm_image_side": 1600, "fit.steps": 2500})
-    quality = reconstruct(source, tmp_path / "out", config.capture, config.fit, NullReporter())
+    config = load("laptop")
+    quality = reconstruct(source, tmp_path / "out", config.capture, config.fit, config.quality, NullReporter())
     assert quality["registered"] == 23 and quality["psnr"] >= 17.8 and quality["ssim"] >= 0.63
     assert quality["scale"]["metres_per_unit"] is None

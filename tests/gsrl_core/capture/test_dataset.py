@@ -1,6 +1,7 @@
 """transforms.json round trip, foreign files, scaled views and broken input."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gsrl_core.capture.dataset import Capture, load_transforms, load_views, read_photo, write_transforms
+from gsrl_core.capture.dataset import Capture, load_transforms, load_views, moved, read_photo, write_transforms
 from gsrl_core.errors import CaptureError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
+from gsrl_core.geometry.rotation import rotvec_to_matrix
 
 
 def _photo(path, width, height, seed=0):
@@ -168,3 +170,28 @@ def test_broken_transforms(tmp_path, content, message):
 def test_missing_transforms(tmp_path):
     with pytest.raises(CaptureError, match="no such file"):
         load_transforms(tmp_path / "transforms.json")
+
+
+def test_a_moved_capture_projects_its_points_to_the_same_pixels():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(20, 3, generator=generator)
+    camera = Camera(
+        look_at(torch.tensor([2.0, 1.0, 3.0]), torch.zeros(3))[None], intrinsics(90, 80, 32, 24)[None], 64, 48
+    )
+    similarity = torch.eye(4, dtype=torch.float64)
+    similarity[:3, :3] = 0.25 * rotvec_to_matrix(torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64))
+    similarity[:3, 3] = torch.tensor([0.4, -0.1, 2.0])
+    capture = Capture((Path("a.jpg"),), (camera,), points, torch.zeros(20, 3, dtype=torch.uint8), similarity)
+    there = moved(capture, similarity)
+    assert there.base_from_scan is None
+
+    def pixels(scan):
+        seen = scan.points @ scan.cameras[0].world_to_camera[0, :3, :3].T + scan.cameras[0].world_to_camera[0, :3, 3]
+        return (seen / seen[:, 2:]) @ scan.cameras[0].K[0].T, seen[:, 2]
+
+    (before, depth), (after, scaled_depth) = pixels(capture), pixels(there)
+    assert torch.allclose(before, after, atol=1e-3)
+    assert torch.allclose(scaled_depth, 0.25 * depth, atol=1e-5)
+    assert torch.allclose(
+        there.points[0].double(), similarity[:3, :3] @ points[0].double() + similarity[:3, 3], atol=1e-6
+    )

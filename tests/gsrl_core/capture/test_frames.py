@@ -1,5 +1,7 @@
 """Photos of a folder and sharp frames of a video; every kind of bad source."""
 
+from fractions import Fraction
+
 import av
 import cv2
 import numpy as np
@@ -22,13 +24,15 @@ def _fill(folder, count):
     return folder
 
 
-def _write_video(path, frames, rate=10):
+def _write_video(path, frames, rate=10, begin=0.0):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.time_base, picture.pts = Fraction(1, rate), round(begin * rate) + index
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
 
@@ -98,6 +102,13 @@ def test_frames_closer_than_a_tenth_of_a_second_are_not_taken(tmp_path):
     video = _write_video(tmp_path / "clip.mp4", [_picture(index) for index in range(30)], rate=30)
     taken = sharp_frames(video, tmp_path / "frames", 200)
     assert 9 <= len(taken) <= 11
+
+
+def test_a_clip_that_begins_late_gives_as_many_frames(tmp_path):
+    frames = [_picture(index) for index in range(40)]
+    early = sharp_frames(_write_video(tmp_path / "a.mkv", frames), tmp_path / "a", 10)
+    late = sharp_frames(_write_video(tmp_path / "b.mkv", frames, begin=100.0), tmp_path / "b", 10)
+    assert len(early) == len(late) == 10
 
 
 def test_old_frames_do_not_survive(tmp_path):

@@ -40,8 +40,8 @@ def test_expert_recovers_from_disturbed_actions():
 def test_expert_succeeds_in_95_of_100_episodes(sim_hz, iterations):
     sim = sim_config(num_envs=20, workers=2, sim_hz=sim_hz, solver_iterations=iterations)
     success, length = play(sim, list(range(100)))
-    assert sum(success) >= 75
-    assert max(length) <= 100
+    assert sum(success) >= 95
+    assert max(length) <= 60
 
 
 def state(cube, tcp=(0.45, 0.0, 0.3), plate=(0.45, 0.0, 0.02), finger=0.04):

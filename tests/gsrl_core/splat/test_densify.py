@@ -19,7 +19,7 @@ def test_budget_never_falls_below_what_is_there():
     assert budget_at(50, 0, 100, 300, 200) == 300
 
 
-def test_a_split_keeps_the_second_moment(random_gaussians):
+def test_a_split_keeps_mass_and_second_moment(random_gaussians):
     model = Trainable(random_gaussians(count=5, degree=1), 1.0)
     index = torch.tensor([1, 3])
     children = split_along_longest_axis(model, index)
@@ -37,6 +37,11 @@ def test_a_split_keeps_the_second_moment(random_gaussians):
     a, cov_a = moment(children, torch.tensor([0, 1]))
     b, cov_b = moment(children, torch.tensor([2, 3]))
     assert torch.allclose((a + b) / 2, parent_means, atol=1e-5)
+    # Mass along the split axis: opacity times deviation, halves together.
+    deviation, axis = parents["log_scales"][index].max(-1)
+    shrunk = children["log_scales"][:2].gather(1, axis[:, None])[:, 0].exp()
+    opacity = torch.sigmoid(children["logit_opacities"][:2])
+    assert torch.allclose(2 * opacity * shrunk, torch.sigmoid(model["logit_opacities"][index]) * deviation.exp())
     offset = ((a - b) / 2)[:, :2]
     assert torch.allclose((cov_a + cov_b) / 2 + offset[:, :, None] * offset[:, None], parent_covariance, atol=0.05)
 

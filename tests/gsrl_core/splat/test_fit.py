@@ -14,8 +14,9 @@ from gsrl_core.splat.quality import psnr
 from gsrl_core.splat.raster_numba import rasterize
 
 SETTINGS = FitSettings(
-    steps=150, max_gaussians=500, sh_degree=1, ssim_weight=0.2, densify_every=25, densify_until=0.6, seed=3
-)
+    steps=150, max_gaussians=500, sh_degree=1, ssim_weight=0.2, densify_every=25, densify_until=0.6,
+    checkpoint_every=50, seed=3,
+)  # fmt: skip
 
 
 class Recorder:
@@ -86,7 +87,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_fit_continues_to_the_same_bits(world, tmp_path, monkeypatch):
-    settings = FitSettings(**{**SETTINGS.__dict__, "steps": 60, "densify_every": 10})
+    settings = FitSettings(**{**SETTINGS.__dict__, "steps": 60, "densify_every": 10, "checkpoint_every": 1})
     whole = run(world, tmp_path / "whole", settings).gaussians
 
     class Killer(Recorder):
@@ -94,7 +95,6 @@ def test_a_killed_fit_continues_to_the_same_bits(world, tmp_path, monkeypatch):
             if 0 < fraction < 1:
                 raise KilledError
 
-    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(fit_module, "METRICS_EVERY", 37)
     with pytest.raises(KilledError):
         run(world, tmp_path / "killed", settings, Killer())
@@ -106,13 +106,59 @@ def test_a_killed_fit_continues_to_the_same_bits(world, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.tensors(), resumed.tensors(), strict=True))
 
 
-def test_a_checkpoint_of_other_settings_is_not_used(world, tmp_path):
-    short = FitSettings(**{**SETTINGS.__dict__, "steps": 3})
-    run(world, tmp_path, short)
-    recorder = Recorder()
-    run(world, tmp_path, FitSettings(**{**short.__dict__, "steps": 4}), recorder)
-    assert recorder.values[0][0] == 4
-    assert torch.load(tmp_path / "fit.pt", weights_only=True)["fingerprint"]["settings"]["steps"] == 4
+def test_states_are_saved_every_so_many_steps(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, "METRICS_EVERY", 1)
+    saved = []
+
+    class Watcher(Recorder):
+        def progress(self, fraction, message):
+            state = tmp_path / "fit.pt"
+            saved.append(torch.load(state, weights_only=True)["step"] if state.is_file() else 0)
+
+    run(world, tmp_path, FitSettings(**{**SETTINGS.__dict__, "steps": 5, "checkpoint_every": 2}), Watcher())
+    assert saved == [0, 0, 2, 2, 4]
+    assert torch.load(tmp_path / "fit.pt", weights_only=True)["step"] == 5
+
+
+SHORT = FitSettings(**{**SETTINGS.__dict__, "steps": 3})
+
+
+def other_settings(views, points, colors):
+    return (views, points, colors), FitSettings(**{**SHORT.__dict__, "ssim_weight": 0.3})
+
+
+def other_points(views, points, colors):
+    return (views, points.flip(0), colors), SHORT
+
+
+def other_focal_length(views, points, colors):
+    camera = views[0].camera
+    wider = Camera(
+        camera.world_to_camera, camera.K * torch.tensor([0.99, 0.99, 1])[:, None], camera.width, camera.height
+    )
+    return ([View(views[0].name, views[0].rgb, wider), *views[1:]], points, colors), SHORT
+
+
+def other_pixel_order(views, points, colors):
+    return ([View(views[0].name, views[0].rgb.flip(0), views[0].camera), *views[1:]], points, colors), SHORT
+
+
+@pytest.mark.parametrize("change", [other_settings, other_points, other_focal_length, other_pixel_order])
+def test_a_checkpoint_of_another_fit_is_not_continued(world, tmp_path, change):
+    run(world, tmp_path, SHORT)
+    other, settings = change(*world)
+    fresh = run(other, tmp_path / "fresh", settings).gaussians
+    again = run(other, tmp_path, settings).gaussians
+    assert all(torch.equal(a, b) for a, b in zip(fresh.tensors(), again.tensors(), strict=True))
+
+
+def test_a_torn_checkpoint_is_begun_anew(world, tmp_path, caplog):
+    whole = run(world, tmp_path, SHORT).gaussians
+    state = tmp_path / "fit.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    again = run(world, tmp_path, SHORT).gaussians
+    assert torch.equal(whole.means, again.means)
+    assert "cannot be read" in caplog.text
 
 
 def test_seeds_change_the_result(world, tmp_path):
