@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsrl_core.artifacts import write_json
+from gsrl_core.artifacts import digest_folder, write_json
+from gsrl_core.embodiment import default_device
 from gsrl_core.errors import TrainingError
 from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
 from gsrl_core.policy.demonstrations import Episode, load_demonstrations, shard_folder, write_shard
@@ -38,29 +39,32 @@ def collect_demos(scene: Path, out: Path, config: PipelineConfig, reporter: Repo
 
     Raises:
         SceneError, SimulationError: the environment cannot be built.
-        TrainingError: ``out`` holds shards of other settings, or no episode succeeded.
+        TrainingError: ``out`` holds shards of another scene or other settings, or no episode succeeded.
     """
     from gsrl_core.sim.expert import Expert as ScriptedExpert
     from gsrl_core.sim.gs_env import make_env
     from gsrl_core.splat.raster import make_rasterizer
     from gsrl_core.splat.scene import load_scene
 
-    on_gpu = torch.cuda.is_available() and config.sim.rasterizer != "numba"
-    loaded = load_scene(scene).to("cuda" if on_gpu else "cpu")
+    device = torch.device("cpu") if config.sim.rasterizer == "numba" else default_device()
+    loaded = load_scene(scene).to(device)
     env = make_env(config.sim, loaded, make_rasterizer(config.sim.rasterizer))
     try:
-        return record_demos(env, ScriptedExpert().act, out, config, reporter)
+        return record_demos(env, ScriptedExpert().act, out, config, reporter, scene=digest_folder(scene))
     finally:
         env.close()
 
 
 def record_demos(
-    env: PrivilegedEnv, expert: Expert, out: Path, config: PipelineConfig, reporter: Reporter
+    env: PrivilegedEnv, expert: Expert, out: Path, config: PipelineConfig, reporter: Reporter, *, scene: str = ""
 ) -> dict[str, Any]:
-    """The part of :func:`collect_demos` that does not care where the environment comes from. Raises TrainingError."""
+    """The part of :func:`collect_demos` that does not care where the environment comes from.
+
+    ``scene`` is the digest of what ``env`` shows. Raises TrainingError.
+    """
     out.mkdir(parents=True, exist_ok=True)
     demos = config.demos
-    _claim(out, config)
+    _claim(out, config, scene)
     first_seeds = range(demos.seed, demos.seed + demos.episodes, env.num_envs)
     start = time.perf_counter()
     for done, first in enumerate(first_seeds):
@@ -165,9 +169,10 @@ def export_lerobot(folder: Path, out: Path, *, repo_id: str = "local/put-cube-on
     return len(demonstrations.episodes())
 
 
-def _claim(out: Path, config: PipelineConfig) -> None:
-    """Refuse to mix shards of different settings."""
+def _claim(out: Path, config: PipelineConfig, scene: str) -> None:
+    """Refuse to mix shards of different scenes or settings."""
     settings = {
+        "scene": scene,
         "seed": config.demos.seed,
         "episodes": config.demos.episodes,
         "action_noise": config.demos.action_noise,
@@ -177,7 +182,9 @@ def _claim(out: Path, config: PipelineConfig) -> None:
     path = out / "settings.json"
     if path.is_file():
         if json.loads(path.read_text()) != settings:
-            raise TrainingError(f"{out} holds demonstrations of other settings; choose another folder or delete it")
+            raise TrainingError(
+                f"{out} holds demonstrations of another scene or other settings; choose another folder or delete it"
+            )
     else:
         write_json(path, settings)
 

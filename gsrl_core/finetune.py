@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from gsrl_core.config import section_digest
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment
 from gsrl_core.errors import ConfigError, TrainingError
 from gsrl_core.interfaces import Reporter
+from gsrl_core.policy import files
 from gsrl_core.rl.rollout import EpisodeStats
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.team import Team, training_seeds, validation_seeds
@@ -108,15 +108,7 @@ def load_state(path: Path, fingerprint: str, iterations: int) -> dict[str, Any] 
 
 def save_state(path: Path, fingerprint: str, history: History, state: Mapping[str, Any]) -> None:
     """Write the state of training whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save({"fingerprint": fingerprint, "history": history, "state": dict(state)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.save_state(path, {"fingerprint": fingerprint, "history": history, "state": dict(state)})
 
 
 def _train(
@@ -179,7 +171,9 @@ def _check_seeds(config: PipelineConfig) -> None:
 
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:
     ppo = config.ppo.model_copy(update={name: 1 for name in _FREE})
-    return "\n".join([digest_folder(checkpoint), digest_folder(scene), section_digest(config.sim, config.policy, ppo)])
+    # Who collects how many episodes decides the order of the noise, so the cluster section counts too.
+    settings = section_digest(config.sim, config.policy, ppo, config.cluster)
+    return "\n".join([digest_folder(checkpoint), digest_folder(scene), settings])
 
 
 @contextmanager

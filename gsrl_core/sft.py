@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import shutil
 import time
-import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from gsrl_core.policy.card import model_card
 from gsrl_core.policy.checkpoint import load_network, load_tokenizer, read_config, read_norm_stats, write_checkpoint
 from gsrl_core.policy.config import preset
 from gsrl_core.policy.demonstrations import Demonstrations, load_demonstrations
+from gsrl_core.policy.files import save_state
 from gsrl_core.policy.flow import flow_matching_target, sample_training_time
 from gsrl_core.policy.frames import FrameSet, augment
 from gsrl_core.policy.pi05 import Pi05, initialise
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, Normalizer
 from gsrl_core.sections import SftConfig
+
+logger = logging.getLogger(__name__)
 
 TINY_TOKENIZER = Path(__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
 HELD_OUT_EVERY = 20
@@ -74,7 +78,7 @@ def train_sft(
         command: what made this checkpoint, for the model card.
 
     Returns:
-        Facts: steps, losses, steps per second.
+        Facts: steps, held_out_loss (None with fewer than 20 episodes), steps per second, counts.
 
     Raises:
         CheckpointError: ``init`` or ``model`` cannot be used.
@@ -82,15 +86,16 @@ def train_sft(
     """
     workspace = workspace or out.with_name(out.name + ".work")
     demonstrations = load_demonstrations(demos)
+    inputs = {"demos": digest_folder(demos), "init": digest_folder(init) if init else model}
     parts = _start(init, model, config, demonstrations, device)
     normalizers = tuple(
         Normalizer(stats, parts.network.config.normalization) for stats in (parts.state_stats, parts.action_stats)
     )
     frames = FrameSet.build(demonstrations, parts.network.config, parts.tokenizer, normalizers, device)
-    trainer = _Trainer(parts.network, frames, _split(demonstrations), config, workspace, reporter)
+    trainer = _Trainer(parts.network, frames, _split(demonstrations), config, workspace, reporter, inputs)
     facts = trainer.run() | {"frames": len(frames), "episodes": len(demonstrations.episodes())}
     parts.network = trainer.average
-    _write(out, parts, facts, config, command, digest_folder(demos))
+    _write(out, parts, facts, config, command, inputs["demos"])
     shutil.rmtree(workspace, ignore_errors=True)
     return facts
 
@@ -106,6 +111,7 @@ class _Trainer:
         config: SftConfig,
         workspace: Path,
         reporter: Reporter,
+        inputs: Mapping[str, str],
     ) -> None:
         self.network, self.frames, self.config, self.reporter = network, frames, config, reporter
         self.train_rows, self.held_out_rows = split
@@ -121,6 +127,8 @@ class _Trainer:
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.step = 0
         self._state_path = workspace / "state.pt"
+        # What decides every number: a state with another key belongs to another run.
+        self._key = {"config": config.model_dump(mode="json"), "frames": len(frames), **inputs}
         self._resume()
 
     def run(self) -> dict[str, Any]:
@@ -139,24 +147,27 @@ class _Trainer:
                 self._save()
         self._synchronize()
         elapsed = time.perf_counter() - started
-        held_out = self.held_out_loss()
-        self.reporter.metrics({"sft/held_out_loss": held_out}, self.step)
+        held_out = self._held_out_metrics()
+        if held_out:
+            self.reporter.metrics(held_out, self.step)
         return {
             "steps": self.step,
-            "held_out_loss": held_out,
+            "held_out_loss": held_out.get("sft/held_out_loss"),
             "steps_per_second": (self.step - first) / elapsed,
             "parameters": sum(parameter.numel() for parameter in self.parameters),
         }
 
     @torch.no_grad()
-    def held_out_loss(self, samples: int = 1024, batch: int = 128) -> float:
-        """Flow-matching loss of the averaged weights on episodes that are not trained on, with fixed noise."""
+    def _held_out_metrics(self, samples: int = 1024, batch: int = 128) -> dict[str, float]:
+        """Flow-matching loss of the averaged weights on episodes that are not trained on, if any, with fixed noise."""
+        if not len(self.held_out_rows):
+            return {}
         generator = torch.Generator().manual_seed(self.config.seed)
         pick = torch.randint(len(self.held_out_rows), (samples,), generator=generator)
         total = 0.0
         for index in self.held_out_rows[pick].split(batch):
             total += self._loss(self.average, index, generator, augmented=False).item() * len(index)
-        return total / samples
+        return {"sft/held_out_loss": total / samples}
 
     def _train_step(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.config.seed * 2**32 + self.step)
@@ -198,40 +209,45 @@ class _Trainer:
         numbers = {"sft/loss": loss, "sft/steps_per_second": rate}
         numbers["sft/learning_rate"] = learning_rate(self.step - 1, self.config)
         if self.step % (10 * LOG_EVERY) == 0:
-            numbers["sft/held_out_loss"] = self.held_out_loss()
+            numbers |= self._held_out_metrics()
         self.reporter.metrics(numbers, self.step)
         self.reporter.progress(self.step / self.config.steps, f"step {self.step}, loss {loss:.4f}")
 
     def _save(self) -> None:
-        self._state_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._state_path.with_name(f"state-{uuid.uuid4().hex}.tmp")
         state = {
             "step": self.step,
-            "config": self.config.model_dump(mode="json"),
-            "frames": len(self.frames),
+            "key": self._key,
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        try:
-            torch.save(state, temporary)
-            temporary.replace(self._state_path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_state(self._state_path, state)
 
     def _resume(self) -> None:
-        if not self._state_path.is_file():
+        if (state := self._read_state()) is None:
             return
-        state = torch.load(self._state_path, map_location=self.device, weights_only=True)
-        if state["config"] != self.config.model_dump(mode="json") or state["frames"] != len(self.frames):
+        if state["key"] != self._key:
+            changed = sorted(name for name in self._key if state["key"].get(name) != self._key[name])
             raise TrainingError(
-                f"{self._state_path.parent} holds the state of a run with other settings or demonstrations; "
-                "delete it to start again"
+                f"{self._state_path.parent} holds the state of a run with other settings or inputs "
+                f"({', '.join(changed)}); delete it to start again"
             )
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def _read_state(self) -> dict[str, Any] | None:
+        if not self._state_path.is_file():
+            return None
+        try:
+            state = torch.load(self._state_path, map_location=self.device, weights_only=True)
+            if not {"key", "step", "network", "average", "optimizer"} <= set(state):
+                raise ValueError("it lacks entries")
+        except Exception as error:  # torch.load raises a dozen classes for torn files
+            logger.warning("%s cannot be read (%s): training starts anew", self._state_path, error)
+            return None
+        return state
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -269,13 +285,11 @@ def _start(
 
 
 def _split(demonstrations: Demonstrations) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to measure on; a handful of episodes is too few to hold any out."""
+    """Rows to train on and rows to measure on: none of a handful of episodes, which is too few to hold any out."""
     rows = torch.arange(len(demonstrations))
     episodes = demonstrations.episodes()
-    if len(episodes) < HELD_OUT_EVERY:
-        return rows, rows
     held_out = torch.zeros(len(rows), dtype=torch.bool)
-    for episode in episodes[::HELD_OUT_EVERY]:
+    for episode in episodes[::HELD_OUT_EVERY] if len(episodes) >= HELD_OUT_EVERY else ():
         held_out[episode] = True
     return rows[~held_out], rows[held_out]
 

@@ -13,6 +13,8 @@ def model_card(
 ) -> str:
     """README.md of a checkpoint; ``digest`` is that of the demonstrations, ``command`` what was typed."""
     made = f"Made by:\n\n    {command}\n" if command else ""
+    loss = facts["held_out_loss"]
+    measured = "too few episodes to hold any out" if loss is None else f"held-out flow-matching loss {loss:.4f}"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     return f"""---
 library_name: real2sim2real
@@ -27,7 +29,7 @@ Flow-matching policy (pi0.5 architecture, openpi key names) for a Franka FR3, tr
 
 {made}
 - horizon {sizes.horizon}, picture {sizes.image_size} px, state in the prompt: {sizes.discrete_state}
-- {facts["steps"]} steps, held-out flow-matching loss {facts["held_out_loss"]:.4f}
+- {facts["steps"]} steps, {measured}
 {listed}
 
 Simulation only: it has never moved a real robot. Use it behind the safety envelope of the package it is released in.

@@ -1,7 +1,8 @@
-"""Files of a checkpoint: tensors read, looked at and written, and folders that change as a whole."""
+"""Files that appear whole or not at all: tensors, states of training, and checkpoint folders."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -34,6 +35,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(path: Path, state: object) -> None:
+    """``torch.save`` whole or not at all, on the disk when it returns; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

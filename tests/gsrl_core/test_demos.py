@@ -125,6 +125,13 @@ def test_other_settings_do_not_mix(tmp_path):
         record_demos(LineEnv(4), expert, tmp_path, config(**{"demos.action_noise": 0.02}), NullReporter())
 
 
+def test_another_scene_does_not_mix(tmp_path):
+    record_demos(LineEnv(4), expert, tmp_path, config(), NullReporter(), scene="one")
+    record_demos(LineEnv(4), expert, tmp_path, config(), NullReporter(), scene="one")
+    with pytest.raises(TrainingError, match="another scene"):
+        record_demos(LineEnv(4), expert, tmp_path, config(), NullReporter(), scene="two")
+
+
 def test_no_success_is_an_error(tmp_path):
     with pytest.raises(TrainingError, match="no episode"):
         record_demos(LineEnv(4), lambda state: torch.zeros(4, 7), tmp_path, config(), NullReporter())

@@ -106,6 +106,8 @@ def test_a_workspace_of_other_settings_or_a_broken_one_is_refused(tmp_path):
     run(tmp_path / "a", ppo__iterations=2)
     with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):
         run(tmp_path / "a", ppo__learning_rate=1e-3)
+    with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):
+        run(tmp_path / "a", cluster__pipeline_stage_num=2)  # another order of the noise
     with pytest.raises(TrainingError, match="already at iteration 2"):
         run(tmp_path / "a", ppo__iterations=1)
     (tmp_path / "start").mkdir()

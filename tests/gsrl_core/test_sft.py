@@ -101,12 +101,54 @@ def test_resumed_run_is_bit_identical(demos, tmp_path, monkeypatch):
     assert not (tmp_path / "parts.work").exists()
 
 
-def test_workspace_of_other_settings_is_refused(demos, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft_module, "write_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(demos, tmp_path / "out", 4)
-    with pytest.raises(TrainingError, match="other settings or demonstrations"):
-        run(demos, tmp_path / "out", 8)
+@pytest.fixture
+def half_done(demos, tmp_path, monkeypatch):
+    """A run killed after its last step, whose state is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_module, "write_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(demos, tmp_path / "out", 4)
+    return tmp_path / "out"
+
+
+def test_workspace_of_other_settings_is_refused(demos, half_done):
+    with pytest.raises(TrainingError, match=r"other settings or inputs \(config\)"):
+        run(demos, half_done, 8)
+
+
+def test_workspace_of_another_start_is_refused(demos, half_done, tmp_path):
+    run(demos, tmp_path / "start", 1)
+    with pytest.raises(TrainingError, match=r"other settings or inputs \(init\)"):
+        run(demos, half_done, 4, init=tmp_path / "start")
+
+
+def test_workspace_of_other_demonstrations_is_refused_although_they_are_as_many(demos, half_done):
+    path = demos / "shard-0000000000" / "action.npy"
+    np.save(path, -np.load(path))
+    with pytest.raises(TrainingError, match=r"other settings or inputs \(demos\)"):
+        run(demos, half_done, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"half a file", None])
+def test_a_torn_state_starts_anew_and_says_so(demos, half_done, tmp_path, caplog, content):
+    run(demos, tmp_path / "whole", 4)
+    state = half_done.with_name("out.work") / "state.pt"
+    state.write_bytes(state.read_bytes()[:5000] if content is None else content)
+    run(demos, half_done, 4)
+    assert "starts anew" in caplog.text
+    whole, again = weights(tmp_path / "whole"), weights(half_done)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_too_few_episodes_hold_none_out_and_claim_nothing(demos, tmp_path):
+    shard = demos / "shard-0000000000"
+    for name in ("seed", "state", "action", "rgb.camera"):
+        np.save(shard / f"{name}.npy", np.load(shard / f"{name}.npy")[: 19 * 6])
+    recorder = Recorder()
+    facts = run(demos, tmp_path / "out", 2, recorder)
+    assert (facts["episodes"], facts["held_out_loss"]) == (19, None)
+    assert not any("sft/held_out_loss" in values for values in recorder.values.values())
+    assert "too few episodes to hold any out" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_seed_decides(demos, tmp_path):
@@ -190,5 +232,7 @@ def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):
     images = {slot: image.to("meta") for slot, image in frames.images.items()}
     frames = dataclasses.replace(frames, images=images)
     split = sft_module._split(demonstrations)
-    trainer = sft_module._Trainer(parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter())
+    trainer = sft_module._Trainer(
+        parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter(), {}
+    )
     assert trainer._train_step().device.type == "meta"
