@@ -30,8 +30,10 @@ def locate_capture(reference: str) -> Path:
     """The folder or video behind ``assets.capture`` (``bundled`` is the tabletop that ships).
 
     Raises:
-        CaptureError: no such file, or an empty folder.
+        CaptureError: empty reference, no such file, or an empty folder.
     """
+    if not reference:  # as a path it would be the current folder
+        raise CaptureError("the capture is not named; give a folder of photos, a video file, or 'bundled'")
     source = bundled_folder("capture_tabletop") if reference == "bundled" else Path(reference).expanduser()
     if not source.exists():
         raise CaptureError(f"there is no capture {reference}; give a folder of photos, a video file, or 'bundled'")

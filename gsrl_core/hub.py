@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # interfaces imports torch, which fetching does not need
 
 RepoType = Literal["model", "dataset"]
 
+_log = logging.getLogger(__name__)
 _TIMEOUT_S = 10.0
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -53,9 +55,11 @@ def resolve(reference: str, revision: str, store: Store, repo_type: RepoType = "
     A branch or tag is looked up on the hub; when that is unreachable, the commit seen last on this machine counts.
 
     Raises:
-        HubError: unknown bundled name, missing folder, malformed id, unknown repository or revision, or an
+        HubError: empty or malformed reference, unknown bundled name, folder, repository or revision, or an
             unreachable hub with nothing cached.
     """
+    if not reference:  # as a path it would be the current folder
+        raise HubError("the reference is empty; give a folder, a hub id (owner/name) or bundled:<name>")
     if reference.startswith(BUNDLED):
         return Source(reference, "bundled", digest_folder(bundled_folder(reference)))
     folder = Path(reference).expanduser()
@@ -157,9 +161,14 @@ def _latest_commit(repo_id: str, revision: str, store: Store, repo_type: RepoTyp
                 repo_id, repo_type=repo_type, revision=revision, timeout=_TIMEOUT_S
             )
     except UnreachableHubError:
-        if memory.is_file():
-            return memory.read_text().strip()
-        raise
+        if not memory.is_file():
+            raise
+        commit = memory.read_text().strip()
+        _log.warning(
+            "%s does not answer: %s at %r is taken to be commit %s, as seen last; give a commit as revision to pin it",
+            endpoint(), repo_id, revision, commit,
+        )  # fmt: skip
+        return commit
     if info.sha is None:
         raise HubError(f"{endpoint()} did not name a commit for {repo_id} at {revision!r}; is it a hub mirror?")
     memory.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,14 @@ Each section checks itself; :class:`PipelineConfig` checks relations between sec
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gsrl_core.deploy.limits import SafetyLimits
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""Physics, numpy and torch agree on these; what follows is derived by addition or with room above."""
 
 
 class Section(BaseModel):
@@ -21,11 +24,11 @@ class Section(BaseModel):
 class AssetsConfig(Section):
     """Where photos, robot assets and the starting checkpoint come from."""
 
-    capture: str = "bundled"
+    capture: str = Field("bundled", min_length=1)
     """Folder of photos, a video file, or ``bundled`` for the tabletop capture that ships with the project."""
-    gsenv: str | None = None
+    gsenv: str | None = Field(None, min_length=1)
     """Hub dataset id (or folder) in the layout of RLinf/gsenv-assets-v0; none uses the FR3 of the franky-sim wheel."""
-    revision: str = "main"
+    revision: str = Field("main", min_length=1)
     """Hub revision (commit, tag or branch) of ``gsenv``."""
 
 
@@ -63,7 +66,7 @@ class FitConfig(Section):
     """Fraction of the steps after which no Gaussian is added."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between saved states; a killed run loses at most these."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class QualityConfig(Section):
@@ -127,10 +130,10 @@ class SimConfig(Section):
 class PolicyConfig(Section):
     """The starting checkpoint and how it is sampled."""
 
-    checkpoint: str = "RLinf/RLinf-Pi05-GSEnv-PutCubeOnPlate-V0-SFT"
+    checkpoint: str = Field("RLinf/RLinf-Pi05-GSEnv-PutCubeOnPlate-V0-SFT", min_length=1)
     """Hub model id, folder, or ``bundled:pi05_tiny`` (served through the same hub code)."""
-    revision: str = "main"
-    sha256: str | None = None
+    revision: str = Field("main", min_length=1)
+    sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     """Expected digest of model.safetensors; checked after the download."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     denoise_steps: int = Field(5, ge=1, le=100)
@@ -140,14 +143,21 @@ class PolicyConfig(Section):
     noise_level: float = Field(0.5, gt=0, le=5)
     """Flow-SDE noise scale."""
     noise_std_range: tuple[float, float] = (0.08, 0.16)
-    """Flow-Noise: range of the learned standard deviation."""
+    """Flow-Noise: range of the learned standard deviation, 0 < low <= high."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PolicyConfig:
+        low, high = self.noise_std_range
+        if not 0 < low <= high < float("inf"):
+            raise ValueError(f"noise_std_range ({low}, {high}) must be two numbers with 0 < low <= high")
+        return self
 
 
 class DemosConfig(Section):
     """Scripted demonstrations."""
 
     episodes: int = Field(1000, ge=1)
-    seed: int = 1_000_000
+    seed: Seed = 1_000_000
     """First episode seed; successes only are kept."""
     action_noise: float = Field(0.01, ge=0, le=0.1)
     """Standard deviation of the disturbance injected into executed (not recorded) translations [m]."""
@@ -168,7 +178,7 @@ class SftConfig(Section):
     """Of the activations; weights and optimizer stay float32."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between saved states; a killed run loses at most these."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PpoConfig(Section):
@@ -208,7 +218,7 @@ class PpoConfig(Section):
     """Iterations between checkpoints; a killed run loses at most these."""
     eval_every: int = Field(0, ge=0)
     """Iterations between evaluations during training; 0 for none."""
-    seed: int = 42
+    seed: Seed = 42
 
 
 class ClusterConfig(Section):
@@ -233,7 +243,7 @@ class EvaluationConfig(Section):
         "friction",
         "wording",
     )
-    seed: int = 9_000_000
+    seed: Seed = 9_000_000
     videos: int = Field(4, ge=0, le=64)
     """Episodes recorded per cell."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

@@ -40,6 +40,13 @@ def test_override_replaces_one_value_only():
         ({"ppo.micro_batch": 100}, "must be a multiple of ppo.micro_batch"),
         ({"policy.action_chunk": 7}, "must be a multiple of policy.action_chunk"),
         ({"sim.sim_hz": 501}, "must be a multiple of control_hz"),
+        ({"assets.capture": ""}, "assets.capture: String should have at least 1 character"),
+        ({"assets.gsenv": ""}, "assets.gsenv: String should have at least 1 character"),
+        ({"policy.checkpoint": ""}, "policy.checkpoint: String should have at least 1 character"),
+        ({"policy.noise_std_range": [0.0, 0.1]}, "must be two numbers with 0 < low <= high"),
+        ({"policy.noise_std_range": [0.2, 0.1]}, "must be two numbers with 0 < low <= high"),
+        ({"policy.noise_std_range": [0.1, float("inf")]}, "must be two numbers with 0 < low <= high"),
+        ({"policy.sha256": "abc"}, "policy.sha256: String should match pattern"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],
 )
@@ -77,3 +84,12 @@ def test_sections_are_frozen_and_closed():
         config.load("laptop").ppo.seed = 3  # type: ignore[misc]
     with pytest.raises(ConfigError, match="camera"):
         config.load("laptop", {"sim.cameras": [{"name": "a", "camera": 1}]})
+
+
+@pytest.mark.parametrize("section", ["fit", "demos", "sft", "ppo", "evaluation"])
+def test_seeds_are_those_that_every_library_takes(section):
+    for good in (0, 2**31 - 1):
+        assert getattr(config.load("laptop", {f"{section}.seed": good}), section).seed == good
+    for bad in (-1, 2**31):
+        with pytest.raises(ConfigError, match=rf"{section}\.seed: Input should be"):
+            config.load("laptop", {f"{section}.seed": bad})

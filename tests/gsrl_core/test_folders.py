@@ -31,6 +31,8 @@ def test_an_unknown_bundled_name_lists_what_there_is():
 
 
 def test_captures(tmp_path, store):
+    with pytest.raises(CaptureError, match="is not named"):
+        folders.locate_capture("")
     with pytest.raises(CaptureError, match="there is no capture"):
         folders.locate_capture(str(tmp_path / "nope"))
     (tmp_path / "empty").mkdir()

@@ -108,6 +108,14 @@ def test_a_wrong_digest_states_both_and_stores_nothing(served, folder, store):
     assert not (store.root / "objects").exists()
 
 
+def test_bundled_weights_can_be_pinned_too(folder, store, monkeypatch):
+    monkeypatch.setattr(hub, "bundled_folder", lambda reference: folder)
+    right = digest_file(folder / "model.safetensors")
+    assert fetch("bundled:model", store, sha256=right).sha256 == digest_folder(folder)
+    with pytest.raises(HubError, match=r"model\.safetensors of bundled:model .* but policy\.sha256 says 000"):
+        fetch("bundled:model", store, sha256="0" * 64)
+
+
 def test_a_digest_without_weights_is_an_error(folder, store):
     (folder / "model.safetensors").unlink()
     with pytest.raises(HubError, match=r"has no model\.safetensors"):
@@ -135,10 +143,12 @@ def test_an_unreachable_hub_fails_fast_with_the_endpoint_and_advice(store, refus
     assert not (store.root / "objects").exists()
 
 
-def test_a_fetched_snapshot_is_found_when_the_hub_is_gone(served, store, monkeypatch):
+def test_a_fetched_snapshot_is_found_when_the_hub_is_gone(served, store, monkeypatch, caplog):
     first = fetch("lab/model", store)
+    assert not caplog.records
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert hub.resolve("lab/model", "main", store).identity == served.commit
+    assert f"'main' is taken to be commit {served.commit}, as seen last" in caplog.text
     assert fetch("lab/model", Store(store.root)) == first
     assert fetch("lab/model", store, served.commit).sha256 == first.sha256
 
@@ -153,7 +163,7 @@ def test_unknown_repository_and_revision(served, store):
 @pytest.mark.parametrize("reference", ["nope", "./nope", "/nope", "a/b/c", "lab/mo del", ""])
 def test_a_reference_that_is_nothing(reference, store):
     with pytest.raises(HubError):
-        fetch(reference, store) if reference else hub.resolve("not there", "main", store)
+        fetch(reference, store)
 
 
 def test_a_connection_that_drops_is_resumed_where_it_broke(served, folder, store, monkeypatch):
