@@ -139,6 +139,8 @@ def up(
 
     real2sim2real up
 
+    export PREFECT_API_URL=http://127.0.0.1:4200/api
+
     prefect deployment run real2sim2real/laptop -p 'overrides={"ppo.iterations": 4}'
     """
     from flows.environment import prepare
@@ -165,7 +167,7 @@ def main() -> None:
             raise
         _fail(_one_line(error))
     if code == _INTERRUPTED:
-        print("real2sim2real: interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        print(f"real2sim2real: {_farewell(arguments)}", file=sys.stderr)  # noqa: T201
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -255,8 +257,19 @@ def _one_line(error: Exception) -> str:
     if gsrl_home().exists() and shutil.disk_usage(gsrl_home()).free < _NO_SPACE:
         # Prefect's and MLflow's databases fail in many ways when nothing can be written.
         return str(ArtifactError(f"the disk of {gsrl_home()} is full; free some space or set GSRL_HOME, and run again"))
+    if isinstance(error, ImportError) and "shared object" in str(error):
+        from gsrl_core.doctor import missing_libraries
+
+        packages = " ".join(missing_libraries())
+        return f"{error}: a shared library is missing; sudo apt install {packages}" if packages else str(error)
     text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text}; run with --debug for the traceback"
+
+
+def _farewell(arguments: list[str]) -> str:
+    """What an interruption means: some commands run until they are stopped, the others go on where they were."""
+    endless = {"up", "serve", "view", "deploy"}
+    return "stopped" if endless.intersection(arguments[:1]) else "interrupted; the same command goes on from here"
 
 
 def _fail(message: str) -> NoReturn:

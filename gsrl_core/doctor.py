@@ -56,10 +56,18 @@ def _library(soname: str, package: str, disables: str) -> Callable[[], Finding]:
     return look
 
 
+def missing_libraries() -> list[str]:
+    """Debian packages of the shared libraries that the pipeline cannot do without and that are not here."""
+    return [package for soname, package, disables in _REQUIRED if not _library(soname, package, disables)().ok]
+
+
+_REQUIRED = (
+    ("libGL.so.1", "libgl1", "import of cv2: reconstruction from photos, videos, ArUco tags"),
+    ("libglib-2.0.so.0", "libglib2.0-0", "import of cv2: reconstruction from photos, videos, ArUco tags"),
+    ("libX11.so.6", "libx11-6", "import of sapien: the whole simulation"),
+)
 _LIBRARIES = (
-    _library("libGL.so.1", "libgl1", "import of cv2: reconstruction from photos, videos, ArUco tags"),
-    _library("libglib-2.0.so.0", "libglib2.0-0", "import of cv2: reconstruction from photos, videos, ArUco tags"),
-    _library("libX11.so.6", "libx11-6", "import of sapien: the whole simulation"),
+    *(_library(*required) for required in _REQUIRED),
     _library("libvulkan.so.1", "libvulkan1", "SAPIEN's own renderer (the pipeline draws splats and does not need it)"),
     _library("libusb-1.0.so.0", "libusb-1.0-0", "open3d: nerfstudio's process-data and exporter, RealSense cameras"),
 )

@@ -28,6 +28,7 @@ from gsrl_core.splat.fit import FitResult, FitSettings, RasterizeFunction, fit
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import write_ply
 from gsrl_core.splat.quality import LPIPS_REASON, psnr, ssim
+from gsrl_core.splat.shape import NEEDLE_RANK, effective_rank
 
 QUALITY = "quality.json"
 WORKSPACE = ".work"
@@ -240,6 +241,7 @@ def _quality(
         "held_out": {score.name: {"psnr": score.psnr, "ssim": score.ssim} for score in scores},
         "image_side_px": capture_config.max_image_side,
         "gaussians": len(fitted.gaussians),
+        "needles": float((effective_rank(fitted.gaussians.log_scales) < NEEDLE_RANK).float().mean()),
         "steps": fit_config.steps,
         "fit_seconds": fitted.seconds,
         "seconds": seconds,

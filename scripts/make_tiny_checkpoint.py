@@ -104,7 +104,7 @@ def plain_table(folder: Path) -> Path:
         quats=torch.tensor([1.0, 0, 0, 0]).repeat(count, 1),
         log_scales=torch.tensor([0.008, 0.008, 0.001]).log().repeat(count, 1),
         logit_opacities=torch.full((count,), 4.0),
-        harmonics=colors_to_harmonics(colors)[:, None],
+        harmonics=colors_to_harmonics(colors),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_ply(folder / "table.ply", table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from gsrl_core.artifacts import Store, digest_folder
 
@@ -18,10 +20,11 @@ MAIN = "import sys; sys.argv[0] = 'real2sim2real'; from flows.cli import main; m
 TOY = {
     "capture.max_image_side": 160,
     "capture.sfm_image_side": 640,
-    "fit.steps": 80,
-    "fit.max_gaussians": 8000,
-    "fit.min_psnr": 5,
-    "fit.max_scale_residual_mm": 50,
+    "fit.steps": 140,
+    "fit.max_gaussians": 6000,
+    "fit.checkpoint_every": 60,
+    "quality.min_psnr": 5,
+    "quality.max_scale_residual_mm": 50,
     "sim.num_envs": 4,
     "sim.workers": 2,
     "sim.max_episode_steps": 50,
@@ -33,6 +36,7 @@ TOY = {
     "evaluation.episodes": 4,
     "evaluation.episodes_per_perturbation": 0,
     "evaluation.videos": 1,
+    "release.name": "toy",
     "release.minimum_success": 0,
 }
 STAGES = (
@@ -41,15 +45,28 @@ STAGES = (
 )  # fmt: skip
 
 
+BUNDLED = Path(__file__).parents[2] / "gsrl_core" / "bundled" / "capture_tabletop"
+
+
+def half_a_capture(folder):
+    """Every second bundled photo, with the tags' places: matching takes a quarter of the time."""
+    folder.mkdir()
+    for photo in sorted(BUNDLED.glob("*.jpg"))[::2]:
+        shutil.copyfile(photo, folder / photo.name)
+    shutil.copyfile(BUNDLED / "markers.json", folder / "markers.json")
+    return folder
+
+
 class Runner:
     def __init__(self, home: Path):
         self.home = home
+        self.toy = {**TOY, "assets.capture": str(half_a_capture(home.parent / "photos"))}
         self.environment = {**os.environ, "GSRL_HOME": str(home)}
         for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
             self.environment.pop(name, None)
 
     def start(self, **changes):
-        sets = [f"--set={key}={json.dumps(value)}" for key, value in {**TOY, **changes}.items()]
+        sets = [f"--set={key}={json.dumps(value)}" for key, value in {**self.toy, **changes}.items()]
         self.log = (self.home.parent / "run.log").open("w")
         return subprocess.Popen(
             [sys.executable, "-c", MAIN, "run", *sets], env=self.environment, stdout=self.log, stderr=self.log
@@ -111,14 +128,17 @@ def test_a_wrong_checkpoint_digest_costs_seconds_and_is_reported(runner):
 
 def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner):
     work = runner.home / "work"
-    runner.kill_when(lambda: any(work.glob("reconstruct-*/draft/.work/*")))
+    runner.kill_when(lambda: any(work.glob("reconstruct-*/draft/.work/fit.pt")))
     runner.no_half_written_artefact()
     assert not list(runner.home.glob("stages/reconstruct/*"))
+    assert min(reported_fit_steps(runner)) == 50
 
     runner.kill_when(lambda: any(work.glob("finetune-*/checkpoint.pt")))
     runner.no_half_written_artefact()
+    assert min(reported_fit_steps(runner)) == 100  # from the state of step 60 on
     assert list(runner.home.glob("stages/assemble/*"))
     assert not list(runner.home.glob("stages/finetune/*"))
+    saved = torch.load(next(work.glob("finetune-*/checkpoint.pt")), weights_only=True)["history"]
 
     runner.kill_when(lambda: any(work.glob("package-*")))
     runner.no_half_written_artefact()
@@ -129,14 +149,27 @@ def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner):
     assert tuple(cached(report)) == STAGES
     before_release = STAGES[: STAGES.index("package")]
     assert all(cached(report)[name] for name in before_release)
+    tuned = next(stage for stage in report["stages"] if stage["name"] == "finetune")["artifact"]
+    history = json.loads((Path(tuned["path"]) / "metrics.json").read_text())["history"]
+    assert history[: len(saved)] == saved  # with the very seconds that the killed run measured
     runner.no_half_written_artefact()
     assert not list((runner.home / "tmp").glob("*/"))
     assert not list((runner.home / "work").iterdir())
 
 
+def reported_fit_steps(runner):
+    """Steps at which the newest attempt of the fit reported its loss."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runner.home / 'mlflow.db'}")
+    experiment = client.search_experiments(filter_string="name = 'real2sim2real'")[0].experiment_id
+    newest = client.search_runs([experiment], "tags.`gsrl.stage` = 'reconstruct'", order_by=["start_time DESC"])[0]
+    return [point.step for point in client.get_metric_history(newest.info.run_id, "fit/loss")]
+
+
 def test_the_report_is_complete(runner):
     report = runner.reports()[-1]
-    assert report["psnr"] > TOY["fit.min_psnr"]
+    assert report["psnr"] > TOY["quality.min_psnr"]
     for success in (report["success_before"], report["success_after"]):
         assert success["episodes"] == TOY["evaluation.episodes"]
         assert 0 <= success["low"] <= success["rate"] <= success["high"] <= 1
@@ -180,6 +213,12 @@ def test_one_ppo_key_runs_finetune_sweep_and_release_again(runner):
     report = runner.run(**{"ppo.gamma": 0.97})
     executed = {name for name, from_store in cached(report).items() if not from_store}
     assert executed == {"finetune", "sweep", "package", "verify", "register", "promote"}
+
+
+def test_another_threshold_repeats_no_fit(runner):
+    report = runner.run(code=1, **{"quality.min_psnr": 99})
+    assert cached(report) == {"policy": True, "capture": True, "reconstruct": True}
+    assert "needs 99" in report["reason"]
 
 
 def test_a_damaged_artefact_is_made_again_and_a_gate_ends_the_run_saying_what_to_do(runner):

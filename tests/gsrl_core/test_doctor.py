@@ -27,6 +27,14 @@ def test_a_missing_library_names_the_debian_package(monkeypatch):
     assert found["libusb-1.0.so.0"].remedy == "sudo apt install libusb-1.0-0"
 
 
+def test_what_the_pipeline_cannot_do_without_is_named_by_package(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert doctor.missing_libraries() == ["libgl1", "libglib2.0-0", "libx11-6"]
+
+
 def test_a_small_disk_is_found_also_before_the_store_exists(monkeypatch, tmp_path):
     monkeypatch.setenv("GSRL_HOME", str(tmp_path / "not" / "yet"))
     assert next(f for f in doctor.examine() if f.name == "disk").found.endswith(str(tmp_path / "not" / "yet"))

@@ -161,6 +161,11 @@ def test_a_torn_checkpoint_is_begun_anew(world, tmp_path, caplog):
     assert "cannot be read" in caplog.text
 
 
+def test_short_fits_move_the_means_faster():
+    assert fit_module.means_rate_factor(30_000) == fit_module.means_rate_factor(100_000) == 1
+    assert fit_module.means_rate_factor(7_500) == pytest.approx(2)
+
+
 def test_seeds_change_the_result(world, tmp_path):
     settings = [FitSettings(**{**SETTINGS.__dict__, "steps": 12, "seed": seed}) for seed in (0, 1)]
     results = [run(world, tmp_path / str(s.seed), s).gaussians.means for s in settings]
