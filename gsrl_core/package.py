@@ -37,6 +37,8 @@ from gsrl_core.package_card import installed_requirements, machine_facts, model_
 from gsrl_core.sections import PipelineConfig
 
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.model")
+SECTIONS = ("sim", "policy", "evaluation", "release")
+"""Sections of the configuration that decide a package."""
 PARITY_VECTORS = 4
 LATENCY_SAMPLES = 10
 VERIFY_TIMEOUT = 900.0
@@ -57,7 +59,8 @@ def build_package(
         scene: the Scene folder that it was trained and evaluated in.
         evaluation: folder with report.json.
         out: a folder that does not exist or is empty.
-        config: of the run; ``sim``, ``policy`` and ``release`` decide contract and safety limits.
+        config: of the run; ``sim``, ``policy`` and ``release`` decide contract and safety limits, ``evaluation`` the
+            seeds of the parity vectors.
         lineage: run ids, commit and the like, stored as given.
 
     Returns:
@@ -83,7 +86,8 @@ def build_package(
                 "scene": digest_folder(scene),
                 "evaluation": digest_folder(evaluation),
             },
-            "configuration": config.model_dump(mode="json"),
+            # Only what decided this folder: the rest of the run's configuration is the lineage's to tell.
+            "configuration": {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS},
         }
         write_json(building / "lineage.json", origin)
         (building / "README.md").write_text(model_card(config.release.name, facts, report, origin))

@@ -17,7 +17,7 @@ from tasks.stage import Build, Result, Stage, run_stage
 PACKAGE = Stage(
     "package",
     "package",
-    sections=("sim", "policy", "release"),
+    sections=("sim", "policy", "evaluation", "release"),
     modules=("gsrl_core.package",),
     attachments=("contract.json", "lineage.json", "README.md", "MANIFEST.sha256"),
 )

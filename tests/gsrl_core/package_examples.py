@@ -2,40 +2,22 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from gsrl_core.config import load
 from gsrl_core.geometry.fr3 import LINKS, START_QPOS, fr3
 from gsrl_core.package import build_package
-from gsrl_core.policy.checkpoint import write_checkpoint
-from gsrl_core.policy.config import Pi05Config
-from gsrl_core.policy.pi05 import Pi05, initialise
-from gsrl_core.policy.transforms import FieldStats
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 
-SIZES = Pi05Config(
-    image_size=32,
-    patch_size=16,
-    vision_width=16,
-    vision_depth=1,
-    vision_heads=2,
-    vision_mlp=24,
-    width=24,
-    depth=2,
-    mlp=40,
-    heads=4,
-    kv_heads=1,
-    head_dim=8,
-    expert_width=16,
-    expert_mlp=24,
-    vocab_size=512,
-    horizon=5,
-    max_token_len=48,
-    value_hidden=(16,),
-    noise_hidden=(8,),
-)
+sys.path.insert(0, str(Path(__file__).parent / "policy"))
+from policy_examples import SMALL, make_folder
+
+SIZES = replace(SMALL, horizon=5)
 REPORT = {
     "cells": [
         {
@@ -76,37 +58,13 @@ def make_scene(folder):
     return folder
 
 
-def make_checkpoint(folder, tokenizer):
-    network = Pi05(SIZES)
-    initialise(network, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-    def stats(width, spread):
-        ramp = torch.linspace(0.5, 1.5, width) * spread
-        return FieldStats(torch.zeros(width), ramp / 2, -ramp, ramp)
-
-    write_checkpoint(
-        folder,
-        network=network.eval(),
-        tokenizer=tokenizer,
-        state_stats=stats(9, 1.0),
-        action_stats=stats(7, 0.01),
-        heads={},
-        carried={},
-        card="",
-    )
-    return folder
-
-
 def make_inputs(root, tokenizer):
     """Folders checkpoint, scene and evaluation below ``root``."""
     (root / "evaluation").mkdir(parents=True)
     (root / "evaluation" / "report.json").write_text(json.dumps(REPORT))
     make_scene(root / "scene")
-    make_checkpoint(root / "checkpoint", tokenizer)
+    # Every weight matters and motions are small, as the envelope wants them.
+    make_folder(root / "checkpoint", SIZES, tokenizer=tokenizer, action_spread=0.01, everywhere=True)
     return root
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 from prefect import flow, task
 from prefect.transactions import transaction
 
 from gsrl_core.artifacts import Store
 from gsrl_core.config import load
+from gsrl_core.folders import bundled_folder, import_folder
 from tasks import release
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gsrl_core"))
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -82,3 +89,21 @@ def test_a_failed_second_try_does_not_withdraw_the_version_of_the_first(tracking
         publish(config, package("one"), parent, True)
     assert versions(module, name) == [1]
     assert module.alias(name, release.ALIAS) == "1"
+
+
+def test_a_package_tells_the_configuration_that_decided_it_and_no_defaults_in_its_place(tracking, tmp_path):
+    from package_examples import make_inputs
+
+    from gsrl_core.deploy.contract import Contract
+    from gsrl_core.deploy.parity import load_vectors
+    from gsrl_core.package import SECTIONS
+
+    root = make_inputs(tmp_path / "in", bundled_folder("bundled:pi05_tiny") / "tokenizer.model")
+    inputs = [import_folder(root / kind, kind, Store()) for kind in ("checkpoint", "scene", "evaluation")]
+    config = load("laptop", {"evaluation.seed": 77, "evaluation.episodes": 5, "sim.control_hz": 20})
+    made = release.build_package.fn(config, *inputs, {"config": "of the flow"}, tracking[1])
+    origin = json.loads((made.path / "lineage.json").read_text())
+    told = {name: getattr(config, name).model_dump(mode="json") for name in ("sim", "policy", "evaluation", "release")}
+    assert origin["configuration"] == told
+    assert load_vectors(made.path / "parity", Contract.load(made.path / "contract.json")).seeds.tolist() == [77, 78, 79, 80]
+    assert set(release.PACKAGE.sections) == set(SECTIONS)

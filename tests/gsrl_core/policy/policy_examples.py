@@ -38,25 +38,25 @@ def stats(width, spread=1.0):
     return FieldStats(torch.zeros(width), ramp / 2, -ramp, ramp)
 
 
-def randomised(config, seed=0):
-    """A network whose adaRMS gates are open, so that every weight matters."""
+def randomised(config, seed=0, everywhere=False):
+    """A network whose adaRMS gates are open, so that every weight matters; ``everywhere`` makes it act wildly."""
     network = Pi05(config)
     initialise(network, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if everywhere or "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return network.eval()
 
 
-def make_folder(folder, config=SMALL):
+def make_folder(folder, config=SMALL, tokenizer=TOKENIZER, action_spread=0.05, everywhere=False):
     write_checkpoint(
         folder,
-        network=randomised(config),
-        tokenizer=TOKENIZER,
+        network=randomised(config, everywhere=everywhere),
+        tokenizer=tokenizer,
         state_stats=stats(9),
-        action_stats=stats(7, 0.05),
+        action_stats=stats(7, action_spread),
         heads={},
         carried={},
         card="# A test checkpoint\n",
