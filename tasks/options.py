@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,14 @@ _MODULE_NAME = re.compile(r"^gsrl_core(\.\w+)+$")
 # Values are keyed by section; the rest of these cannot change what a stage computes.
 _NOT_CODE = {"gsrl_core.config", "gsrl_core.errors", "gsrl_core.artifacts"}
 
+_PACKAGES = {
+    "PIL": "pillow", "av": "av", "cv2": "opencv-python", "franky": "franky-control", "franky_sim": "franky-sim",
+    "gsplat": "gsplat", "mani_skill": "mani_skill", "numba": "numba", "numpy": "numpy", "pinocchio": "pin",
+    "pycolmap": "pycolmap", "ruckig": "ruckig", "sapien": "sapien", "scipy": "scipy", "sentencepiece": "sentencepiece",
+    "torch": "torch", "transformers": "transformers", "trimesh": "trimesh",
+}  # fmt: skip
+"""Import name -> distribution, of the packages whose version can change a result."""
+
 
 def _broke_off(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Try again only when a transfer broke off: a wrong digest or an unknown name stays wrong."""
@@ -48,14 +58,29 @@ FETCH: dict[str, Any] = {**STAGE, "retries": 2, "retry_delay_seconds": [2, 10], 
 
 
 def stage_key(
-    stage: str, inputs: Mapping[str, str], config: PipelineConfig, sections: Iterable[str], modules: Iterable[str]
+    stage: str,
+    inputs: Mapping[str, str],
+    config: PipelineConfig,
+    sections: Iterable[str],
+    modules: Iterable[str],
+    body: Callable[..., Any] | None = None,
 ) -> str:
-    """The cache key of a stage: its inputs (digests), its config sections and the code it runs, as 32 hex digits."""
+    """The cache key of a stage as 32 hex digits: what it works on, and what works.
+
+    Args:
+        stage: its name.
+        inputs: digests by name.
+        config: the whole configuration.
+        sections: names of those that count.
+        modules: drivers; they count with all that they import and with the versions of the packages they use.
+        body: the task's own part; the file that defines it counts.
+    """
     parts = [
         stage,
         *(f"{name}={value}" for name, value in sorted(inputs.items())),
         *(f"{name}:{section_digest(getattr(config, name))}" for name in sorted(sections)),
         *(f"{module}@{code_version(module)}" for module in sorted(modules)),
+        *([f"body@{_file_version(body.__module__)}"] if body else []),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -72,11 +97,31 @@ def restricted(config: PipelineConfig, sections: Iterable[str]) -> PipelineConfi
 
 @cache
 def code_version(module: str) -> str:
-    """Digest of the sources of ``module`` and of all modules of gsrl_core that it imports, directly or not."""
+    """Digest of the sources of ``module`` and of all modules of gsrl_core that it imports, directly or not.
+
+    The installed versions of the packages in ``_PACKAGES`` that these use are part of it.
+    """
     total = hashlib.sha256()
-    for name in sorted(_closure(module)):
+    closure = sorted(_closure(module))
+    for name in closure:
         total.update(f"{name}\0".encode() + _source(name).read_bytes())
+    for package in sorted({name for part in closure for name in _named(part)} & set(_PACKAGES)):
+        total.update(f"{package}=={_installed(_PACKAGES[package])}\0".encode())
     return total.hexdigest()[:16]
+
+
+@cache
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@cache
+def _file_version(module: str) -> str:
+    """Digest of the file of a loaded module."""
+    return hashlib.sha256(Path(sys.modules[module].__file__).read_bytes()).hexdigest()[:16]
 
 
 def _closure(module: str) -> set[str]:
@@ -90,19 +135,25 @@ def _closure(module: str) -> set[str]:
     return found
 
 
-@cache
 def _imported(module: str) -> frozenset[str]:
-    """Modules of gsrl_core that a module names: in imports at any depth, or as text (workers started by name)."""
+    """The modules of gsrl_core that ``module`` names."""
+    return frozenset(name for name in _named(module) if name.startswith("gsrl_core.") and _exists(name))
+
+
+@cache
+def _named(module: str) -> frozenset[str]:
+    """What a module names: in imports at any depth, or as text (workers started by name, packages looked up)."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(_source(module).read_text())):
         match node:
             case ast.Import(names=aliases):
                 names.update(alias.name for alias in aliases)
+                names.update(alias.name.split(".")[0] for alias in aliases)
             case ast.ImportFrom(module=str(parent), names=aliases, level=0):
-                names.update([parent, *(f"{parent}.{alias.name}" for alias in aliases)])
-            case ast.Constant(value=str(text)) if _MODULE_NAME.match(text):
+                names.update([parent, parent.split(".")[0], *(f"{parent}.{alias.name}" for alias in aliases)])
+            case ast.Constant(value=str(text)) if _MODULE_NAME.match(text) or text in _PACKAGES:
                 names.add(text)
-    return frozenset(name for name in names if name.startswith("gsrl_core.") and _exists(name))
+    return frozenset(names)
 
 
 def _path(module: str) -> Path:

@@ -91,7 +91,7 @@ def run_stage(
     store = Store()
     label = label or stage.name
     digests = {name: artifact.sha256 for name, artifact in inputs.items()} | dict(identity or {})
-    key = stage_key(stage.name, digests, config, stage.sections, stage.modules)
+    key = stage_key(stage.name, digests, config, stage.sections, stage.modules, body)
     sections = {name: getattr(config, name) for name in stage.sections}
     with store.locked(f"{stage.name}-{key}"):
         if (hit := store.recall(stage.name, key)) is not None:

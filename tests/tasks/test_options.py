@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,10 @@ from gsrl_core.hub import InterruptedDownloadError, UnreachableHubError
 from tasks import options
 
 MODULE = "gsrl_core.reconstruct_like"
+
+
+def fresh(build):
+    """A stage's body."""
 
 
 def key(config=None, **changes):
@@ -41,8 +48,21 @@ def test_a_key_follows_stage_inputs_sections_and_code():
         key(config=load("laptop", {"fit.steps": 7})),
         key(sections=("fit",)),
         key(modules=()),
+        key(body=fresh),
     }
-    assert len(keys) == 7
+    assert len(keys) == 8
+
+
+def test_a_key_follows_the_file_of_the_body(tmp_path, monkeypatch):
+    """What a task does around its driver decides the artefact too."""
+    keys = []
+    for text in ("def body(build): return 1", "def body(build): return 2", "def body(build): return 1"):
+        (tmp_path / "some_task.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        sys.modules.pop("some_task", None)
+        options._file_version.cache_clear()
+        keys.append(key(body=importlib.import_module("some_task").body))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_other_sections_do_not_matter():
@@ -75,10 +95,10 @@ def package(tmp_path, monkeypatch):
     for name, text in files.items():
         (root / f"{name}.py").write_text(text)
     monkeypatch.setattr(options, "_ROOT", root)
-    options._imported.cache_clear()
+    options._named.cache_clear()
     options.code_version.cache_clear()
     yield root
-    options._imported.cache_clear()
+    options._named.cache_clear()
     options.code_version.cache_clear()
 
 
@@ -99,9 +119,35 @@ def test_the_version_changes_with_the_code_that_is_reached(package, file, change
     before = options.code_version("gsrl_core.driver")
     with (package / f"{file}.py").open("a") as stream:
         stream.write("# changed\n")
-    options._imported.cache_clear()
+    options._named.cache_clear()
     options.code_version.cache_clear()
     assert (options.code_version("gsrl_core.driver") != before) is changes
+
+
+@pytest.mark.parametrize(
+    ("distribution", "changes"), [("numba", True), ("mani_skill", True), ("franky-sim", True), ("pycolmap", False)]
+)
+def test_the_version_changes_with_the_packages_that_are_used(package, monkeypatch, distribution, changes):
+    """numba by a direct import, mani_skill two imports deep, franky-sim looked up by its name; pycolmap elsewhere."""
+    (package / "driver.py").write_text("from numba import njit\nfrom gsrl_core.sub import maths\n")
+    (package / "base.py").write_text("def f():\n    import mani_skill.envs\n")
+    (package / "worker.py").write_text("found = find_spec('franky_sim')\n")
+    (package / "stranger.py").write_text("import pycolmap\n")
+    installed = metadata.version
+    keys = []
+    for version in ("1.0", "1.1"):
+        options._named.cache_clear()
+        options.code_version.cache_clear()
+        options._installed.cache_clear()
+        monkeypatch.setattr(metadata, "version", lambda name, v=version: v if name == distribution else installed(name))
+        keys.append(options.code_version("gsrl_core.driver"))
+    options._installed.cache_clear()
+    assert (keys[0] != keys[1]) is changes
+
+
+@pytest.mark.parametrize("distribution", sorted(options._PACKAGES.values()))
+def test_the_table_of_packages_is_spelled_as_installed(distribution):
+    assert options._installed(distribution) == metadata.version(distribution)
 
 
 @pytest.mark.parametrize("module", ["finetune", "evaluate", "package", "assemble"])

@@ -105,5 +105,6 @@ def test_a_package_tells_the_configuration_that_decided_it_and_no_defaults_in_it
     origin = json.loads((made.path / "lineage.json").read_text())
     told = {name: getattr(config, name).model_dump(mode="json") for name in ("sim", "policy", "evaluation", "release")}
     assert origin["configuration"] == told
-    assert load_vectors(made.path / "parity", Contract.load(made.path / "contract.json")).seeds.tolist() == [77, 78, 79, 80]
+    contract = Contract.load(made.path / "contract.json")
+    assert load_vectors(made.path / "parity", contract).seeds.tolist() == [77, 78, 79, 80]
     assert set(release.PACKAGE.sections) == set(SECTIONS)
