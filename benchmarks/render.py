@@ -1,0 +1,144 @@
+"""Frames per second of the batched renderer beside the seed's method, in one run on one GPU.
+
+    PYTHONPATH=. python benchmarks/render.py [--no-baseline] [--environments 1 64 256] [--stages]
+
+640 x 480, 150,000 foreground splats over a cached background of 300,000; transforms, composite and uint8 included;
+poses are on the device, as physics leaves them, and so are our pictures (the baseline's are on the host, as the
+seed's). Two cameras: the same and a 320 x 240 wrist view in which table and room move too. Times are medians of wall
+clock around one render and a device synchronisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import render_scene
+from render_baseline import SeedRenderer
+
+from gsrl_core.geometry.camera import Camera
+from gsrl_core.splat.raster_cuda import CudaRasterizer, Recording
+from gsrl_core.splat.scene import Scene
+
+GIB = 1 << 30
+SETS = 4
+"""Sets of poses that the timed frames go through."""
+
+
+def seconds(draw: Callable[[Tensor], object], poses: list[Tensor], repeats: int, warm_up: int = 3) -> float:
+    """Median time of one frame."""
+    times = []
+    for i in range(warm_up + repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        draw(poses[i % len(poses)])
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def peak(reserve: Callable[[], float]) -> tuple[float, float]:
+    """Result of ``reserve`` and the largest device memory in use meanwhile (GiB)."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    result = reserve()
+    return result, torch.cuda.max_memory_allocated() / GIB
+
+
+def ours(scene: Scene, environments: int, wrist: bool, recorded: bool) -> tuple[float, float]:
+    """Seconds per vectorised frame and peak memory (GiB)."""
+    sets = [render_scene.poses(environments, seed).cuda() for seed in range(SETS)]
+    views = {id(poses): render_scene.wrist(poses) for poses in sets}
+
+    def cameras(poses: Tensor) -> dict[str, Camera]:
+        return {"third": render_scene.third_person()} | ({"wrist": views[id(poses)]} if wrist else {})
+
+    def measure() -> float:
+        rasterizer = CudaRasterizer()
+        fixed = render_scene.third_person()
+        if recorded:
+            recording = Recording(rasterizer, scene, sets[0], cameras(sets[0]))
+            return seconds(lambda p: recording(p, {"wrist": views[id(p)]} if wrist else None), sets, 20)
+        return seconds(
+            lambda p: rasterizer.render(scene, p, {"third": fixed} | ({"wrist": views[id(p)]} if wrist else {})),
+            sets,
+            20,
+        )
+
+    return peak(measure)
+
+
+def baseline(scene: Scene, environments: int) -> tuple[float, float]:
+    """Seconds per vectorised frame and peak memory (GiB) of the seed's method."""
+    sets = [render_scene.poses(environments, seed).cuda() for seed in range(2)]
+    few = environments >= 64
+
+    def measure() -> float:
+        renderer = SeedRenderer(scene, render_scene.third_person(), environments)
+        return seconds(renderer, sets, 3 if few else 9, 1 if few else 3)
+
+    return peak(measure)
+
+
+def stages(scene: Scene, environments: int, wrist: bool) -> None:
+    """Print the device time of every kernel of one vectorised frame."""
+    from torch.profiler import ProfilerActivity, profile
+
+    poses = render_scene.poses(environments).cuda()
+    cameras = {"third": render_scene.third_person()} | ({"wrist": render_scene.wrist(poses)} if wrist else {})
+    rasterizer = CudaRasterizer()
+    for _ in range(3):
+        rasterizer.render(scene, poses, cameras)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        rasterizer.render(scene, poses, cameras)
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+    text = ", ".join(
+        f"{row.key.split('(')[0].removeprefix('void ')} {row.self_device_time_total / 1e3:.3f}" for row in rows[:9]
+    )
+    print(f"stages at {environments}{' with wrist' if wrist else ''}, ms: {text}")
+
+
+def main() -> None:
+    """Run the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--environments", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--stages", action="store_true")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    scenes = {"degree 0": render_scene.scene(), "degree 3": render_scene.scene(coefficients=16)}
+    print(f"{'what':38} {'envs':>4} {'ms':>9} {'frames/s':>9} {'GiB':>6} {'ratio':>7}")
+    for count in options.environments:
+        base = None
+        if not options.no_baseline:
+            base, memory = baseline(scenes["degree 0"], count)
+            print(
+                f"{'seed method (baseline)':38} {count:4} {base * 1e3:9.2f} {count / base:9.0f} {memory:6.2f} {1:7.1f}"
+            )
+        for name, scene in scenes.items():
+            for wrist in (False, True):
+                for recorded in (False, True):
+                    took, memory = ours(scene, count, wrist, recorded)
+                    what = f"ours, {name}{', + wrist' if wrist else ''}{', CUDA graph' if recorded else ''}"
+                    ratio = f"{base / took:7.1f}" if base and not wrist else ""
+                    print(
+                        f"{what:38} {count:4} {took * 1e3:9.3f} {count / took:9.0f} {memory:6.2f} {ratio}", flush=True
+                    )
+    if options.stages:
+        for wrist in (False, True):
+            for count in options.environments:
+                stages(scenes["degree 0"], count, wrist)
+
+
+if __name__ == "__main__":
+    main()

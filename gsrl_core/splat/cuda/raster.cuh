@@ -1,0 +1,349 @@
+// Tiles drawn front to back: each list is sorted in shared memory and blended at once, over the static part.
+#pragma once
+
+#include "args.cuh"
+
+constexpr int CAPACITY = 1536;  // entries sorted at a time; longer lists are drawn piece by piece, nearest first
+constexpr int BUCKETS = 1024;   // a power of two
+constexpr int STAGED = 3;       // float4 for each staged Gaussian
+constexpr int STEP = 4;         // Gaussians blended at a time
+
+struct Shared {
+    union {
+        u64 bucketed[CAPACITY];
+        float4 staged[WARPS][32 * STAGED];
+    };
+    u64 sorted[CAPACITY];
+    u32 ends[BUCKETS];
+    u64 waiting[WARPS][64];
+    u32 scratch[WARPS];
+    u32 nearest, farthest, ticket;
+};
+static_assert(sizeof(float4) * WARPS * 32 * STAGED <= sizeof(u64) * CAPACITY, "staging must fit");
+
+// What is drawn: the static part, or bodies over it.
+enum Kind { STATIC_PART, BODIES };
+
+struct Pixel {
+    float x, y;        // centre
+    bool alive;        // inside the picture, and the light has not run out
+    float light;       // left behind all that was drawn
+    float r, g, b;
+    float depth_sum;   // weight times depth (static part, extras)
+    float front;       // light left in front of the static surface
+    float surface;     // its depth
+    float open;        // what it lets through
+    float weight;      // drawn by bodies (extras)
+    int owner;         // body at which alpha first reached one half (extras)
+};
+
+// Blends STEP staged Gaussians, each a = (mean x, mean y, A, B), b = (C, log2 opacity, depth, body bits), c = colour,
+// where log2 alpha = log2 opacity - A dx^2 - B dx dy - C dy^2. All alphas first: they do not wait for each other.
+template <Kind KIND, bool BEHIND, bool EXTRAS>
+__device__ __forceinline__ void blend_step(const float4* staged, Pixel& p) {
+    float alpha[STEP], depth[STEP];
+    int body[STEP];
+#pragma unroll
+    for (int k = 0; k < STEP; k++) {
+        float4 a = staged[k * STAGED], b = staged[k * STAGED + 1];
+        float dx = a.x - p.x, dy = a.y - p.y;
+        float exponent = fmaf(-(b.x * dy), dy, fmaf(-fmaf(a.z, dx, a.w * dy), dx, b.y));
+        alpha[k] = exponent >= LOG2_ALPHA_MIN ? fminf(fast_exp2(exponent), ALPHA_MAX) : 0.f;
+        depth[k] = b.z;
+        body[k] = __float_as_int(b.w);
+    }
+#pragma unroll
+    for (int k = 0; k < STEP; k++) {
+        float4 c = staged[k * STAGED + 2];
+        float weight = p.light * alpha[k], after = p.light - weight;
+        bool behind = BEHIND && depth[k] > p.surface;
+        p.alive = p.alive && after > TRANSMITTANCE_MIN;
+        if (behind) weight *= p.open;
+        if (!p.alive) continue;
+        p.light = after;
+        if (BEHIND && !behind) p.front = after;
+        if (EXTRAS) {
+            float before = p.weight + (behind ? p.front * (1.f - p.open) : 0.f);
+            if (before < 0.5f && before + weight >= 0.5f) p.owner = body[k];
+            p.weight += weight;
+        }
+        p.r += weight * c.x;
+        p.g += weight * c.y;
+        p.b += weight * c.z;
+        if (KIND == STATIC_PART || EXTRAS) p.depth_sum += weight * depth[k];
+    }
+}
+
+// Reads a record and writes what blending needs of it; returns its depth.
+__device__ __forceinline__ void stage(float4* out, const float4* records, u64 key) {
+    u32 at = (u32)key >> 8;
+    float4 r0 = __ldg(records + 2 * at), r1 = __ldg(records + 2 * at + 1);
+    float scale = 0.5f * LOG2E / difference_of_products(r0.z, r1.x, r0.w, r0.w);
+    u32 rg = __float_as_uint(r1.z), b_body = __float_as_uint(r1.w);
+    __half2 colors = *(__half2*)&rg;
+    out[0] = make_float4(r0.x, r0.y, r1.x * scale, -2.f * r0.w * scale);
+    out[1] = make_float4(r0.z * scale, r1.y, __uint_as_float((u32)(key >> 32)),
+                         __int_as_float((int)b_body >> 16));
+    out[2] = make_float4(__low2float(colors), __high2float(colors),
+                         __half2float(__ushort_as_half((unsigned short)(b_body & 0xffff))), 0.f);
+}
+
+// Fills up to a whole step. Far away, so that it counts as behind like all that would follow.
+__device__ __forceinline__ void stage_nothing(float4* out) {
+    out[0] = out[2] = make_float4(0.f, 0.f, 0.f, 0.f);
+    out[1] = make_float4(0.f, -1e30f, INFINITY, 0.f);
+}
+
+// Blends s.sorted[0 .. count) into the warp's pixels; no barrier of the block inside.
+template <Kind KIND, bool EXTRAS>
+__device__ __forceinline__ void blend_sorted(Shared& s, u32 count, const float4* records, float nearest_surface,
+                                             Pixel& p) {
+    u32 lane = lane_id(), warp = warp_id();
+    float4* staged = s.staged[warp];
+    u64* waiting = s.waiting[warp];
+    u32 at = 0, fill = 0;
+    while (__any_sync(~0u, p.alive)) {
+        while (fill < 32 && at < count) {
+            u64 key = at + lane < count ? s.sorted[at + lane] : 0;
+            bool touches = key >> warp & 1;
+            u32 vote = __ballot_sync(~0u, touches);
+            if (touches) waiting[fill + __popc(vote & lanes_below())] = key;
+            fill += __popc(vote);
+            at += 32;
+        }
+        if (!fill) break;
+        __syncwarp();
+        u32 used = min(fill, 32u);
+        u64 key = waiting[lane], later = waiting[32 + lane];
+        if (lane < used)
+            stage(staged + lane * STAGED, records, key);
+        else
+            stage_nothing(staged + lane * STAGED);
+        float farthest = __uint_as_float((u32)(__shfl_sync(~0u, key, used - 1) >> 32));
+        __syncwarp();
+        waiting[lane] = later;
+        fill -= used;
+        if (KIND == BODIES && (EXTRAS || farthest > nearest_surface)) {
+            for (u32 i = 0; i < used; i += STEP) blend_step<KIND, true, EXTRAS>(staged + i * STAGED, p);
+        } else {
+            for (u32 i = 0; i < used; i += STEP) blend_step<KIND, false, EXTRAS>(staged + i * STAGED, p);
+            p.front = p.light;
+        }
+        __syncwarp();
+    }
+}
+
+// Sorts the entries with lo <= key < end of s.bucketed, which lie bucket by bucket, into s.sorted.
+__device__ __forceinline__ void sort_buckets(Shared& s, u32 count, u64 lo, int shift) {
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        u64 key = s.bucketed[i];
+        u32 bucket = (u32)((key - lo) >> shift), first = bucket ? s.ends[bucket - 1] : 0, rank = first;
+        for (u32 j = first, end = s.ends[bucket]; j < end; j++) rank += s.bucketed[j] < key;
+        s.sorted[rank] = key;
+    }
+}
+
+// Exclusive sums of s.ends, in place. If they exceed CAPACITY, only the leading buckets that fit are kept.
+// Returns how many buckets and entries those are. All threads get the same answer.
+__device__ __forceinline__ uint2 sum_buckets(Shared& s) {
+    constexpr int EACH = BUCKETS / THREADS;
+    u32 counts[EACH], own = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) own += counts[k] = s.ends[threadIdx.x * EACH + k];
+    u32 sum = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(~0u, sum, step);
+        if (lane_id() >= step) sum += other;
+    }
+    if (lane_id() == 31) s.scratch[warp_id()] = sum;
+    __syncthreads();
+    u32 total = 0, running = sum - own;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (w < warp_id()) running += s.scratch[w];
+        total += s.scratch[w];
+    }
+    int fitting = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        s.ends[threadIdx.x * EACH + k] = running;
+        running += counts[k];
+        fitting += running <= CAPACITY;
+    }
+    u32 buckets = BUCKETS;
+    if (total > CAPACITY) {
+        buckets = 0;
+#pragma unroll
+        for (int k = 1; k <= EACH; k++) buckets += __syncthreads_count(fitting >= k);
+        total = buckets < BUCKETS ? s.ends[buckets] : total;
+    }
+    __syncthreads();
+    return make_uint2(buckets, total);
+}
+
+// Draws one list of `count` entries, in whatever order they lie; every thread of the block takes part.
+template <Kind KIND, bool EXTRAS>
+__device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count, const float4* records, Pixel& p) {
+    if (!count) return;
+    float nearest_surface = 0.f;
+    if (KIND == BODIES) nearest_surface = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(p.surface)));
+    if (threadIdx.x == 0) s.nearest = ~0u, s.farthest = 0;
+    __syncthreads();
+    u32 nearest = ~0u, farthest = 0;
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        u32 depth = (u32)(__ldg(list + i) >> 32);
+        nearest = min(nearest, depth), farthest = max(farthest, depth);
+    }
+    nearest = __reduce_min_sync(~0u, nearest), farthest = __reduce_max_sync(~0u, farthest);
+    if (lane_id() == 0) atomicMin(&s.nearest, nearest), atomicMax(&s.farthest, farthest);
+    __syncthreads();
+    u64 lo = (u64)s.nearest << 32, last = (u64)s.farthest << 32 | 0xffffffffu, hi = last;
+    while (true) {  // entries with lo <= key <= hi, cut into equal buckets
+        int shift = max(0, 64 - __clzll(hi - lo) - 10);
+        for (int b = threadIdx.x; b < BUCKETS; b += THREADS) s.ends[b] = 0;
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
+            u64 key = __ldg(list + i);
+            if (key >= lo && key <= hi) atomicAdd(&s.ends[(key - lo) >> shift], 1u);
+        }
+        __syncthreads();
+        uint2 fitting = sum_buckets(s);
+        if (!fitting.x) {  // the first bucket alone is too long: cut that one
+            hi = lo + (1ull << shift) - 1;
+            continue;
+        }
+        u64 end = min(lo + ((u64)fitting.x << shift), hi + 1);
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
+            u64 key = __ldg(list + i);
+            if (key >= lo && key < end) s.bucketed[atomicAdd(&s.ends[(key - lo) >> shift], 1u)] = key;
+        }
+        __syncthreads();
+        sort_buckets(s, fitting.y, lo, shift);
+        __syncthreads();
+        blend_sorted<KIND, EXTRAS>(s, fitting.y, records, nearest_surface, p);
+        if (end > last || !__syncthreads_or(p.alive)) return;
+        lo = end, hi = last;
+    }
+}
+
+__device__ __forceinline__ uint8_t to_byte(float value) {
+    return (uint8_t)(fminf(fmaxf(value, 0.f), 1.f) * 255.f + 0.5f);
+}
+
+__device__ __forceinline__ void put_picture(uint8_t* out, const Args& a, float r, float g, float b, float beyond) {
+    out[0] = to_byte(r + beyond * a.background[0]);
+    out[1] = to_byte(g + beyond * a.background[1]);
+    out[2] = to_byte(b + beyond * a.background[2]);
+}
+
+struct Surface {
+    float r, g, b, depth, mean_depth, open;
+};
+
+// The finished static part: its surface hides bodies from CONTACT_TOLERANCE behind it.
+__device__ __forceinline__ Surface surface_of(const Pixel& p) {
+    float alpha = 1.f - p.light, mean = p.depth_sum / fmaxf(alpha, 1e-10f);
+    return {p.r, p.g, p.b, alpha > SURFACE_ALPHA ? mean + CONTACT_TOLERANCE : INFINITY, mean, p.light};
+}
+
+// Nothing drawn yet, all light left.
+__device__ __forceinline__ void clear(Pixel& p, bool inside) {
+    p.alive = inside;
+    p.light = p.front = 1.f;
+    p.r = p.g = p.b = p.depth_sum = p.weight = 0.f;
+    p.owner = -1;
+    p.surface = INFINITY;
+    p.open = 1.f;
+}
+
+template <int MODE, bool EXTRAS>
+__device__ __forceinline__ void draw_tile(const Args& a, Shared& s, u32 item) {
+    int tiles = tile_count(a), environment = item / tiles, tile = item % tiles, across = tiles_x(a);
+    int x = tile % across * TILE + 8 * (warp_id() & 1) + (lane_id() & 7);
+    int y = tile / across * TILE + 4 * (warp_id() >> 1) + (lane_id() >> 3);
+    bool inside = x < a.width && y < a.height;
+    size_t pixel = (size_t)y * a.width + x, area = (size_t)a.width * a.height;
+    size_t out = environment * area + pixel, layer = environment * (size_t)a.layer_stride * area + pixel;
+    const float4* records = a.records + (size_t)environment * a.chunk_count * CHUNK * 2;
+    size_t first = (size_t)environment * list_count(a) * tiles + tile;
+    // A pass that did not fit is thrown away by the caller; until then it must stay within its memory.
+    auto list = [&](int index, u32& count) {
+        u32 start = a.starts[first + index * tiles];
+        count = min((long long)a.counts[first + index * tiles], max(0ll, a.capacity - start));
+        return a.keys + start;
+    };
+    Pixel p;
+    p.x = x + 0.5f, p.y = y + 0.5f;
+    clear(p, inside);
+    u32 count;
+    Surface surface = {};
+    if (MODE != OVER_LAYER) {
+        const u64* entries = list(0, count);
+        draw_list<STATIC_PART, false>(s, entries, count, records, p);
+        surface = surface_of(p);
+    }
+    if (MODE == STATIC_ONLY) {
+        if (!inside) return;
+        a.layer_color[out] = make_float4(surface.r, surface.g, surface.b, surface.depth);
+        a.layer_open[out] = make_float2(surface.open, surface.mean_depth);
+        put_picture(a.layer_picture + 3 * out, a, surface.r, surface.g, surface.b, surface.open);
+        return;
+    }
+    if (MODE == LIVE) clear(p, inside);
+    if (MODE == OVER_LAYER && inside) {
+        surface.depth = __ldg(&a.layer_color[layer].w);
+        surface.open = __ldg(&a.layer_open[layer].x);
+    }
+    if (inside) p.surface = surface.depth, p.open = surface.open;
+    const u64* entries = list(MODE == LIVE, count);
+    draw_list<BODIES, EXTRAS>(s, entries, count, records, p);
+    if (!inside) return;
+    if (MODE == OVER_LAYER) {
+        float4 color = __ldg(a.layer_color + layer);
+        surface.r = color.x, surface.g = color.y, surface.b = color.z;
+    }
+    put_picture(a.rgb + 3 * out, a, p.r + p.front * surface.r, p.g + p.front * surface.g, p.b + p.front * surface.b,
+                p.light * p.open);
+    if (EXTRAS) {
+        if (MODE == OVER_LAYER) surface.mean_depth = __ldg(&a.layer_open[layer].y);
+        float of_static = p.front * (1.f - p.open), total = p.weight + of_static;
+        a.alpha[out] = total;
+        a.depth[out] = total > 0.f ? (p.depth_sum + of_static * surface.mean_depth) / total : 0.f;
+        a.body[out] = (int16_t)p.owner;
+    }
+}
+
+// Blocks take tiles from the queues until none is left, the longest lists first.
+template <int MODE, bool EXTRAS>
+__global__ void __launch_bounds__(THREADS, 5) raster(Args a) {
+    __shared__ Shared s;
+    size_t room = (size_t)a.environments * tile_count(a);
+    while (true) {
+        if (threadIdx.x == 0) s.ticket = atomicAdd(a.state + 2 + CLASSES, 1u);
+        __syncthreads();
+        u32 ticket = s.ticket;
+        int kind = 0;
+        for (; kind < CLASSES; kind++) {
+            u32 length = a.state[2 + kind];
+            if (ticket < length) break;
+            ticket -= length;
+        }
+        if (kind == CLASSES) return;
+        draw_tile<MODE, EXTRAS>(a, s, a.queue[kind * room + ticket]);
+        __syncthreads();
+    }
+}
+
+// Every environment's picture as it is without bodies.
+__global__ void copy_layer(Args a, int words) {
+    size_t area = (size_t)a.width * a.height * 3;
+    const uint8_t* from = a.layer_picture + blockIdx.y * (size_t)a.layer_stride * area;
+    uint8_t* to = a.rgb + blockIdx.y * area;
+    size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (words) {
+        if (i < area / 16) ((uint4*)to)[i] = __ldg((const uint4*)from + i);
+    } else if (i < area) {
+        to[i] = from[i];
+    }
+}

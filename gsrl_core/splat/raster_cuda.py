@@ -1,0 +1,374 @@
+"""The fast CUDA rasteriser: many environments of one posed scene, drawn by our own kernels.
+
+No Gaussian is moved or copied: each body is seen by a camera of its own, ``world_to_camera @ body_to_world``, and its
+harmonics stay in its frame. Bodies are blended Gaussian by Gaussian in front of the static part, or behind it as far as
+it lets light through, exactly as ``raster_numba.NumbaRasterizer`` does it. Pictures become uint8 on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gsrl_core.geometry.camera import Camera
+from gsrl_core.splat.cuda import library
+from gsrl_core.splat.cuda.library import CHUNK, CLASSES, LIVE, OVER_LAYER, STATE, STATIC_ONLY, TILE, VIEW, WARPS
+from gsrl_core.splat.cuda.packing import Packed, pack
+from gsrl_core.splat.frames import Frames
+from gsrl_core.splat.raster_gsplat import check_batch
+from gsrl_core.splat.scene import Scene
+
+GROWTH = 1.25
+"""Room for entries is made this much larger than what did not fit."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The static part seen by one fixed camera."""
+
+    color: Tensor
+    """float32 [h, w, 4]: rgb over black, and the depth beyond which bodies are hidden (m)."""
+    open: Tensor
+    """float32 [h, w, 2]: light that it lets through, and its mean depth (m)."""
+    picture: Tensor
+    """uint8 [h, w, 3] without bodies."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one camera of a batch is drawn: its tensors on the device and the sizes of its scratch memory."""
+
+    mode: int
+    camera: Camera
+    layer: Layer | None
+    out: Frames | None
+    chunks: tuple[int, int]
+    """First and number."""
+    environments: int
+    """In one pass."""
+    capacity: int
+    """Entries of all tiles' lists that one pass has room for."""
+    state: Tensor
+    """int32 [passes, STATE]; the first two are the number of entries, as int64."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What the number of entries depends on, roughly."""
+        return self.mode, self.camera.width, self.camera.height
+
+
+class CudaRasterizer:
+    """Draws posed scenes on one CUDA device (see ``interfaces.Rasterizer``). The same input gives the same bits.
+
+    A camera with one pose keeps a picture of the static part until the scene or the camera's values change; a camera
+    with a pose for each environment draws the static part anew each time.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        background: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        environments_per_pass: int = 64,
+        scratch_bytes: int = 1 << 30,
+    ) -> None:
+        """Load or compile the kernels.
+
+        Args:
+            device: a CUDA device.
+            background: colour where nothing is.
+            environments_per_pass: how many are drawn at once at most.
+            scratch_bytes: fewer are drawn at once if they would need more memory than this.
+
+        Raises:
+            SceneError: the kernels can be neither found nor compiled.
+        """
+        self.device = torch.device(device)
+        self.background = background
+        self.environments_per_pass = environments_per_pass
+        self.scratch_bytes = scratch_bytes
+        self._kernels = library.load()
+        self._source: Scene | None = None
+        self._packed: Packed | None = None
+        self._layers: dict[str, tuple[_Seen, Layer]] = {}
+        self._capacity: dict[tuple[int, int, int], int] = {}
+        self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
+
+    @torch.no_grad()
+    def render(
+        self, scene: Scene, body_to_world: Tensor, cameras: Mapping[str, Camera], *, extras: bool = False
+    ) -> dict[str, Frames]:
+        """Draw every camera of every environment (see ``interfaces.Rasterizer``).
+
+        Raises:
+            SceneError: ``body_to_world`` or a camera does not fit the scene and the number of environments.
+        """
+        check_batch(scene, body_to_world, cameras)
+        poses = body_to_world.to(self.device, torch.float32).contiguous()
+        plans = self.plan(scene, len(poses), cameras, extras)
+        self.draw(plans, poses)
+        while self.grow(plans):
+            plans = self.plan(scene, len(poses), cameras, extras)
+            self.draw(plans, poses)
+        return {name: plan.out for name, plan in plans.items() if plan.out is not None}
+
+    def plan(self, scene: Scene, count: int, cameras: Mapping[str, Camera], extras: bool) -> dict[str, Plan]:
+        """Output and scratch memory for ``count`` environments; draws the static part where it is not known yet."""
+        packed = self._load(scene)
+        plans = {}
+        for name, camera in cameras.items():
+            layer = self._layer(name, camera) if len(camera) == 1 else None
+            moved = self._on_device(camera)
+            out = _allocate(count, moved, extras, self.device)
+            first = packed.static_chunks if layer else 0
+            mode = OVER_LAYER if layer else LIVE
+            plans[name] = self._plan(mode, moved, layer, out, (first, len(packed.chunks) - first), count)
+        return plans
+
+    def draw(self, plans: Mapping[str, Plan], poses: Tensor) -> None:
+        """Enqueue all passes on the current stream; nothing is allocated that was allocated before.
+
+        Args:
+            plans: from :meth:`plan`.
+            poses: body_to_world on the device, float32 [B, M, 4, 4], contiguous.
+        """
+        with torch.cuda.device(self.device):
+            for plan in plans.values():
+                for number in range(len(plan.state)):
+                    start = number * plan.environments
+                    self._pass(plan, poses, start, min(plan.environments, len(poses) - start), number)
+
+    def grow(self, plans: Mapping[str, Plan]) -> bool:
+        """Whether any drawn pass had more entries than room; makes the room larger for the next plan. Synchronises."""
+        active = [plan for plan in plans.values() if len(plan.state)]
+        if not active:
+            return False
+        totals = torch.cat([plan.state[:, :2].view(torch.int64).amax(0) for plan in active]).tolist()
+        short = [(plan, total) for plan, total in zip(active, totals, strict=True) if total > plan.capacity]
+        for plan, total in short:
+            each = -(-total // plan.environments)
+            self._capacity[plan.key] = max(self._capacity.get(plan.key, 0), int(each * GROWTH) + 1)
+        return bool(short)
+
+    def _load(self, scene: Scene) -> Packed:
+        if self._source is not scene or self._packed is None:
+            self._packed = pack(scene, self.device)
+            self._source = scene
+            self._layers.clear()
+            self._capacity.clear()
+        return self._packed
+
+    def _on_device(self, camera: Camera) -> Camera:
+        view, K = (t.to(self.device, torch.float32).contiguous() for t in (camera.world_to_camera, camera.K))
+        return Camera(view, K, camera.width, camera.height)
+
+    def _layer(self, name: str, camera: Camera) -> Layer:
+        known = self._layers.get(name)
+        if known is not None and known[0].same(camera):
+            return known[1]
+        packed, moved, layer = self._packed, self._on_device(camera), _empty_layer(camera, self.device)
+        assert packed is not None
+        empty = torch.empty(1, packed.bodies, 4, 4, device=self.device)
+        while True:
+            plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), 1)
+            self.draw({name: plan}, empty)
+            if not self.grow({name: plan}):
+                break
+        self._layers[name] = (_Seen.of(camera), layer)
+        return layer
+
+    def _plan(
+        self, mode: int, camera: Camera, layer: Layer | None, out: Frames | None, chunks: tuple[int, int], count: int
+    ) -> Plan:
+        assert self._packed is not None
+        # A first guess; the true number is checked after every draw.
+        room = self._capacity.setdefault((mode, camera.width, camera.height), chunks[1] * CHUNK + 4096)
+        sizes = _scratch_sizes(mode, camera, self._packed.bodies, chunks[1], room)
+        each = sum(sizes.values())
+        together = max(1, min(count, self.environments_per_pass, self.scratch_bytes // each))
+        passes = -(-count // together)
+        together = -(-count // max(passes, 1))  # of equal size
+        needed = sum(_aligned(size * together) for size in sizes.values())
+        if self._arena.numel() < needed:
+            self._arena = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        state = torch.zeros(passes, STATE, dtype=torch.int32, device=self.device)
+        return Plan(mode, camera, layer, out, chunks, together, room * together, state)
+
+    def _pass(self, plan: Plan, poses: Tensor, start: int, count: int, number: int) -> None:
+        packed, camera = self._packed, plan.camera
+        assert packed is not None
+        stride = 0 if len(camera) == 1 else 1
+        args = library.Args(
+            mean_reach=packed.mean_reach.data_ptr(),
+            covariance_a=packed.covariance_a.data_ptr(),
+            covariance_b=packed.covariance_b.data_ptr(),
+            harmonics=packed.harmonics.data_ptr(),
+            chunks=packed.chunks.data_ptr(),
+            poses=_address(poses, start),
+            world_to_camera=_address(camera.world_to_camera, start * stride),
+            K=_address(camera.K, start * stride),
+            state=_address(plan.state, number),
+            capacity=plan.capacity,
+            background=self.background,
+            environments=count,
+            bodies=packed.bodies,
+            camera_stride=stride,
+            width=camera.width,
+            height=camera.height,
+            first_chunk=plan.chunks[0],
+            chunk_count=plan.chunks[1],
+            coefficients=packed.coefficients,
+            mode=plan.mode,
+        )
+        if plan.layer is not None:
+            args.layer_color = plan.layer.color.data_ptr()
+            args.layer_open, args.layer_picture = plan.layer.open.data_ptr(), plan.layer.picture.data_ptr()
+        if plan.out is not None:
+            args.rgb = _address(plan.out.rgb, start)
+            if plan.out.depth is not None and plan.out.alpha is not None and plan.out.body_id is not None:
+                args.extras = 1
+                args.depth, args.alpha = _address(plan.out.depth, start), _address(plan.out.alpha, start)
+                args.body = _address(plan.out.body_id, start)
+        at = self._arena.data_ptr()
+        sizes = _scratch_sizes(plan.mode, camera, packed.bodies, plan.chunks[1], plan.capacity // plan.environments)
+        for name, size in sizes.items():
+            setattr(args, name, at)
+            at += _aligned(size * plan.environments)
+        self._kernels.render(args, torch.cuda.current_stream(self.device).cuda_stream)
+
+
+@dataclass
+class Recording:
+    """A captured render of a fixed number of environments: a CUDA graph that costs one launch.
+
+    The pictures of one call are overwritten by the next. All cameras' poses may change from call to call, but those of
+    cameras with a single pose must not (their static part is cached).
+    """
+
+    rasterizer: CudaRasterizer
+    scene: Scene
+    poses: Tensor
+    cameras: Mapping[str, Camera]
+    extras: bool = False
+    _plans: dict[str, Plan] = field(init=False)
+    _graph: torch.cuda.CUDAGraph = field(init=False)
+    _arena: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_batch(self.scene, self.poses, self.cameras)
+        device = self.rasterizer.device
+        self.poses = self.poses.to(device, torch.float32).clone(memory_format=torch.contiguous_format)
+        self._capture()
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        rasterizer = self.rasterizer
+        self._plans = rasterizer.plan(self.scene, len(self.poses), self.cameras, self.extras)
+        rasterizer.draw(self._plans, self.poses)
+        while rasterizer.grow(self._plans):
+            self._plans = rasterizer.plan(self.scene, len(self.poses), self.cameras, self.extras)
+            rasterizer.draw(self._plans, self.poses)
+        torch.cuda.synchronize(rasterizer.device)
+        self._arena = rasterizer._arena  # the graph holds its address
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            rasterizer.draw(self._plans, self.poses)
+
+    @torch.no_grad()
+    def __call__(
+        self, body_to_world: Tensor, cameras: Mapping[str, Camera] | None = None, *, check: bool = True
+    ) -> dict[str, Frames]:
+        """Draw again.
+
+        Args:
+            body_to_world: [B, M, 4, 4], B as recorded.
+            cameras: new poses and intrinsics of the cameras that have one pose for each environment.
+            check: make sure that all entries had room, and record again with more if not; synchronises. Without it the
+                caller has to call :meth:`fitted`.
+        """
+        self.poses.copy_(body_to_world)
+        for name, camera in (cameras or {}).items():
+            if len(camera) > 1:
+                self._plans[name].camera.world_to_camera.copy_(camera.world_to_camera)
+                self._plans[name].camera.K.copy_(camera.K)
+        self._graph.replay()
+        if check and not self.fitted():
+            self.cameras = {**self.cameras, **(cameras or {})}
+            self._capture()
+        return {name: plan.out for name, plan in self._plans.items() if plan.out is not None}
+
+    def fitted(self) -> bool:
+        """Whether all entries of the last call had room. Synchronises."""
+        return not self.rasterizer.grow(self._plans)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A fixed camera's values, and the tensors that they were read from."""
+
+    camera: Camera
+    versions: tuple[int, int]
+    values: bytes
+
+    @staticmethod
+    def of(camera: Camera) -> _Seen:
+        return _Seen(camera, _versions(camera), _values(camera))
+
+    def same(self, camera: Camera) -> bool:
+        # Reading the values of a camera on the device waits for it, so the same object is believed first.
+        if self.camera is camera and self.versions == _versions(camera):
+            return True
+        return self.values == _values(camera)
+
+
+def _versions(camera: Camera) -> tuple[int, int]:
+    return camera.world_to_camera._version, camera.K._version
+
+
+def _values(camera: Camera) -> bytes:
+    numbers = torch.cat([camera.world_to_camera.flatten(), camera.K.flatten()]).float().cpu().numpy().tobytes()
+    return numbers + f"{camera.width}x{camera.height}".encode()
+
+
+def _allocate(count: int, camera: Camera, extras: bool, device: torch.device) -> Frames:
+    shape = (count, camera.height, camera.width)
+    rgb = torch.empty(*shape, 3, dtype=torch.uint8, device=device)
+    if not extras:
+        return Frames(rgb)
+    depth, alpha = (torch.empty(shape, device=device) for _ in range(2))
+    return Frames(rgb, depth, alpha, torch.empty(shape, dtype=torch.int16, device=device))
+
+
+def _empty_layer(camera: Camera, device: torch.device) -> Layer:
+    shape = (camera.height, camera.width)
+    color, opening = torch.empty(*shape, 4, device=device), torch.empty(*shape, 2, device=device)
+    return Layer(color, opening, torch.empty(*shape, 3, dtype=torch.uint8, device=device))
+
+
+def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: int) -> dict[str, int]:
+    """Bytes for one environment of every scratch array of ``library.Args``."""
+    tiles = -(-camera.width // TILE) * -(-camera.height // TILE)
+    lists = 2 if mode == LIVE else 1
+    return {
+        "keys": 8 * room,
+        "records": 32 * chunks * CHUNK,
+        "depths": 4 * chunks * CHUNK,
+        "views": 4 * VIEW * (bodies + 2),
+        "visible": 4 * chunks * WARPS,
+        "counts": 4 * lists * tiles,
+        "bases": 4 * chunks * tiles,
+        "starts": 4 * lists * tiles,
+        "queue": 4 * CLASSES * tiles,
+    }
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+def _address(tensor: Tensor, index: int) -> int:
+    """Of ``tensor[index]``; the tensor is contiguous."""
+    return tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size()
+
