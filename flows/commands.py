@@ -212,7 +212,9 @@ def doctor(
 
 
 def bench(
-    what: Annotated[Literal["render", "physics", "policy", "iteration"], typer.Argument(help="What to measure.")],
+    what: Annotated[
+        Literal["raster", "render", "physics", "policy", "iteration"], typer.Argument(help="What to measure.")
+    ],
     preset: Preset = "laptop",
     assignments: Assignments = None,
 ) -> None:

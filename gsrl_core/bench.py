@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
@@ -25,12 +26,14 @@ from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 
 _STATIC_GAUSSIANS = 30_000
+_RASTER_GAUSSIANS, _RASTER_SIZE = 60_000, (640, 480)
 _SECONDS = 5.0
 
 
 def measure(what: str, config: PipelineConfig) -> Iterator[dict[str, Any]]:
-    """Measure ``render``, ``physics``, ``policy`` or ``iteration`` at the sizes of ``config``. Raises ConfigError."""
+    """Measure one of the parts below at the sizes of ``config``. Raises ConfigError for another name."""
     parts: dict[str, Callable[[PipelineConfig], dict[str, Any]]] = {
+        "raster": raster,
         "render": render,
         "physics": physics,
         "policy": policy,
@@ -41,6 +44,34 @@ def measure(what: str, config: PipelineConfig) -> Iterator[dict[str, Any]]:
     yield {"bench": what, **parts[what](config), **_machine()}
 
 
+def raster(config: PipelineConfig) -> dict[str, Any]:
+    """Milliseconds of one picture on the CPU with nothing cached, and of one step of a fit (picture and gradients).
+
+    60,000 Gaussians of harmonic degree 3 at 640x480, whatever ``config`` says, so that figures compare.
+    """
+    from gsrl_core.geometry.camera import intrinsics, look_at
+    from gsrl_core.splat.raster_numba import rasterize
+
+    width, height = _RASTER_SIZE
+    view, K = look_at(torch.tensor([0.1, -0.4, 0.7]), torch.tensor([0.4, 0.0, 0.0])), intrinsics(600, 600, 320, 240)
+    bench = _random_bench(_RASTER_GAUSSIANS, sh_degree=3)
+    leaves = [tensor.clone().requires_grad_() for tensor in bench.tensors()]
+
+    def picture() -> None:
+        with torch.no_grad():
+            rasterize(*bench.tensors(), view, K, width, height, torch.zeros(3))
+
+    def step() -> None:
+        rasterize(*leaves, view, K, width, height, torch.zeros(3))[0].sum().backward()
+
+    return {
+        "gaussians": _RASTER_GAUSSIANS,
+        "pixels": [width, height],
+        "ms_forward": 1000 * _seconds_per_call(picture),
+        "ms_forward_backward": 1000 * _seconds_per_call(step),
+    }
+
+
 def render(config: PipelineConfig) -> dict[str, Any]:
     """Frames per second of the splat renderer: the robot moving over a bench, every environment, every camera."""
     from gsrl_core.sim.cameras import CameraRig
@@ -49,7 +80,8 @@ def render(config: PipelineConfig) -> dict[str, Any]:
     device, count = default_device(), config.sim.num_envs
     scene = synthetic_scene().to(device)
     rasterizer = make_rasterizer(config.sim.rasterizer)
-    poses = scene.rest_to_world.expand(count, -1, -1, -1).contiguous()
+    poses = scene.rest_to_world.repeat(count, 1, 1, 1)
+    poses[..., 2, 3] += 0.05 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).to(device)
     rig = CameraRig(config.sim.cameras, config.sim.render_downscale)
     still = torch.eye(4).expand(count, 4, 4)
     cameras = {name: camera.to(device) for name, camera in rig.cameras(poses.cpu(), still).items()}
@@ -124,22 +156,22 @@ def iteration(config: PipelineConfig) -> dict[str, Any]:
 
 def synthetic_scene(seed: int = 0) -> Scene:
     """A bench of random Gaussians under the robot, the cube and the plate."""
+    return Scene.from_parts(_random_bench(_STATIC_GAUSSIANS, 0, seed), robot_bodies() | object_bodies())
+
+
+def _random_bench(count: int, sh_degree: int, seed: int = 0) -> Gaussians:
+    """A table top of ``count`` random flat Gaussians that overlap about as those of a fit do."""
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: list[float], high: list[float]) -> torch.Tensor:
-        bounds = torch.tensor([low, high])
-        return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(_STATIC_GAUSSIANS, 3, generator=generator)
-
-    quats = torch.zeros(_STATIC_GAUSSIANS, 4)
-    quats[:, 0] = 1
-    static = Gaussians(
-        means=uniform([-0.3, -0.7, -0.02], [1.0, 0.7, 0.0]),
-        quats=quats,
-        log_scales=torch.full((_STATIC_GAUSSIANS, 3), -5.3),
-        logit_opacities=torch.full((_STATIC_GAUSSIANS,), 2.0),
-        harmonics=uniform([-1.0] * 3, [1.0] * 3)[:, None],
+    low, high = torch.tensor([-0.3, -0.7, -0.02]), torch.tensor([1.0, 0.7, 0.0])
+    area = float((high - low)[:2].prod())
+    scales = math.sqrt(area / count) * torch.tensor([1.0, 0.7, 0.2]) * (0.5 + torch.rand(count, 1, generator=generator))
+    return Gaussians(
+        means=low + (high - low) * torch.rand(count, 3, generator=generator),
+        quats=torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=-1),
+        log_scales=scales.log(),
+        logit_opacities=torch.randn(count, generator=generator) + 1,
+        harmonics=0.3 * torch.randn(count, (sh_degree + 1) ** 2, 3, generator=generator),
     )
-    return Scene.from_parts(static, robot_bodies() | object_bodies())
 
 
 @contextmanager

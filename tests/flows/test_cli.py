@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +143,7 @@ def wrong_inputs(tmp_path):
             ["run", "--set", f"policy.checkpoint={checkpoint_without_a_key(tmp_path / 'checkpoint')}"],
             "missing",
         ),
-        "unreachable hub": (["run", "--set", "policy.checkpoint=RLinf/nothing-there"], "cannot be reached"),
+        "unreachable hub": (["run", "--set", "policy.checkpoint=RLinf/nothing-there"], "cannot fetch RLinf/nothing-there"),
         "no package": (["verify", "--bundle", tmp_path / "empty"], "MANIFEST.sha256"),
         "no scene": (["view", tmp_path / "empty"], "neither a scene folder"),
         "occupied output": (["package", "--out", tmp_path / "full"], "not an empty folder"),
