@@ -19,6 +19,7 @@ from flows.parameters import Overrides
 from flows.session import Session, StageReport, StageResult, session
 from flows.stages import expanded, finetune, release, run_flow, scene, start_policy, sweep
 from gsrl_core.artifacts import Artifact, Store, write_json
+from gsrl_core.config import apply_overrides
 from gsrl_core.sections import PipelineConfig
 
 _NONE = Overrides()
@@ -99,8 +100,8 @@ def real2sim2real(config: PipelineConfig, overrides: Overrides = _NONE) -> Pipel
 def _stages(run: Session, made: dict[str, Artifact]) -> str | None:
     """Go through the stages and fill ``made``; returns a gate's reason when the pipeline ends early."""
 
-    def step(stage: Any, renamed: dict[str, str], **inputs: Any) -> str | None:
-        result: StageResult = run_flow(stage, run.config, **inputs, parent_run_id=run.mlflow_run_id)
+    def step(stage: Any, renamed: dict[str, str], config: PipelineConfig = run.config, **inputs: Any) -> str | None:
+        result: StageResult = run_flow(stage, config, **inputs, parent_run_id=run.mlflow_run_id)
         run.include(result)
         made.update({name: result.artifacts[key] for key, name in renamed.items() if key in result.artifacts})
         return result.blocked
@@ -109,7 +110,9 @@ def _stages(run: Session, made: dict[str, Artifact]) -> str | None:
     if blocked := step(scene, {"scene": "scene", "reconstruction": "reconstruction"}):
         return blocked
     bench = made["scene"]
-    step(sweep, {"evaluation": "before"}, scene_artifact=bench, checkpoint=made["start"], label="sweep-before")
+    # Before training only the nominal rate is asked for; perturbations are measured on what may be released.
+    nominal = apply_overrides(run.config, {"evaluation.episodes_per_perturbation": 0})
+    step(sweep, {"evaluation": "before"}, nominal, scene_artifact=bench, checkpoint=made["start"], label="sweep-before")
     step(finetune, {"checkpoint": "tuned"}, scene_artifact=bench, checkpoint=made["start"])
     step(sweep, {"evaluation": "after"}, scene_artifact=bench, checkpoint=made["tuned"], label="sweep")
     return step(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from gsrl_core.artifacts import write_bytes, write_json
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment, default_device
 from gsrl_core.errors import ConfigError
 from gsrl_core.interfaces import Policy, Reporter, VecEnv
-from gsrl_core.rl.playback import play
+from gsrl_core.rl.playback import film, play
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
 from gsrl_core.rl.statistics import (
     bootstrap_over_trials,
@@ -28,6 +31,8 @@ from gsrl_core.rl.statistics import (
 )
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.video import write_video
+
+logger = logging.getLogger(__name__)
 
 NOMINAL = "nominal"
 
@@ -122,8 +127,9 @@ def evaluate(
 ) -> EvalReport:
     """Measure a policy: the nominal task, then each perturbation, on seeds that are the same for every checkpoint.
 
-    Perturbed cells use the first of the nominal seeds, so that cells can be compared episode by episode. Noise: see
-    :func:`gsrl_core.rl.playback.play`.
+    Perturbed cells use the first of the nominal seeds: the same starts. The policy's noise (see
+    :func:`gsrl_core.rl.playback.play`) is the same for every checkpoint in the same cell; between cells it differs
+    where their batches do. So checkpoints can be compared episode by episode, cells by their rates.
 
     Args:
         checkpoint: folder of the policy.
@@ -149,11 +155,8 @@ def evaluate(
     for number, name in enumerate(names):
         episodes = settings.episodes if name == NOMINAL else settings.episodes_per_perturbation
         reporter.progress(number / len(names), f"{name}: {episodes} episodes")
-        env = body.make_env(min(config.sim.num_envs, episodes), device, None if name == NOMINAL else name)
-        try:
-            cell = _run_cell(name, env, policy, episodes, out / "videos", config)
-        finally:
-            env.close()
+        make_env = partial(body.make_env, device=device, perturbation=None if name == NOMINAL else name)
+        cell = _run_cell(name, make_env, policy, episodes, out / "videos", config)
         cells.append(cell)
         reporter.metrics(
             {f"eval/{name}/success": cell.success_rate, f"eval/{name}/success_low": cell.interval[0],
@@ -250,18 +253,23 @@ def agreement_with_reality(cells: Sequence[Cell], real: Sequence[dict[str, Any]]
     return Agreement(tuple(entry["name"] for entry in real), tuple(r.tolist()), tuple(s.tolist()), statistics)
 
 
-def _run_cell(name: str, env: VecEnv, policy: Policy, episodes: int, videos: Path, config: PipelineConfig) -> Cell:
-    settings, width = config.evaluation, env.num_envs
+def _run_cell(
+    name: str, make_env: Callable[[int], VecEnv], policy: Policy, episodes: int, videos: Path, config: PipelineConfig
+) -> Cell:
+    settings, width = config.evaluation, min(config.sim.num_envs, episodes)
     parts: list[EpisodeStats] = []
-    for batch in range(-(-episodes // width)):
-        # The last batch is filled up with further seeds, whose episodes are not counted.
-        first = settings.seed + batch * width
-        noise = np.random.SeedSequence([settings.seed, batch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(noise >> 1))
-        film = min(settings.videos, width) if batch == 0 else 0
-        stats, films = play(env, policy, range(first, first + width), generator, film=film)
-        parts.append(stats)
-        _save_films(name, stats, films, videos, env.control_hz)
+    actions: list[Tensor] = []
+    with closing(make_env(width)) as env:
+        for batch in range(-(-episodes // width)):
+            # The last batch is filled up with further seeds, whose episodes are not counted.
+            first = settings.seed + batch * width
+            noise = np.random.SeedSequence([settings.seed, batch]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(noise >> 1))
+            stats, executed = play(env, policy, range(first, first + width), generator)
+            parts.append(stats)
+            actions.append(executed)
+    if settings.videos:
+        _film(name, make_env, parts[0], actions[0][: settings.videos], videos)
     stats = join_stats(parts)
     return Cell(
         name=name,
@@ -273,7 +281,17 @@ def _run_cell(name: str, env: VecEnv, policy: Policy, episodes: int, videos: Pat
     )
 
 
-def _save_films(name: str, stats: EpisodeStats, films: Sequence[Tensor], folder: Path, hz: float) -> None:
-    for film, seed, success in zip(films, stats.seeds, stats.success.tolist(), strict=False):
-        outcome = "success" if success else "failure"
-        write_video(folder / f"{name}_{seed}_{outcome}.mp4", film, hz, label=f"{name}  seed {seed}  {outcome}")
+def _film(name: str, make_env: Callable[[int], VecEnv], stats: EpisodeStats, actions: Tensor, folder: Path) -> None:
+    """Videos of the first episodes of a batch, whose ``actions`` [b, T, A] are executed again."""
+    seeds, measured = stats.seeds[: len(actions)], stats.success[: len(actions)]
+    with closing(make_env(len(actions))) as env:
+        films, success = film(env, seeds, actions)
+        if not torch.equal(success, measured):
+            logger.warning(
+                "%s: of the filmed episodes %s some ended otherwise than when measured; this physics is not repeatable "
+                "over batch sizes", name, list(seeds),
+            )  # fmt: skip
+        for pictures, seed, succeeded in zip(films, seeds, success.tolist(), strict=True):
+            outcome = "success" if succeeded else "failure"
+            label = f"{name}  seed {seed}  {outcome}"
+            write_video(folder / f"{name}_{seed}_{outcome}.mp4", pictures, env.control_hz, label=label)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gsrl_core import config as configuration
+from gsrl_core import evaluate as evaluation
 from gsrl_core.errors import ConfigError
 from gsrl_core.evaluate import evaluate, wilson_interval
 from gsrl_core.interfaces import NullReporter
-from gsrl_core.rl.playback import play
+from gsrl_core.rl.playback import film, play
 
 sys.path.insert(0, str(Path(__file__).parent / "rl"))
 from toy import GaussianPolicy, ReachEnv, ToyEmbodiment
@@ -34,7 +35,7 @@ def test_the_sweep_counts_the_right_episodes_and_writes_them_down(tmp_path):
     assert [cell.name for cell in report.cells] == ["nominal", "pose", "friction"]
     assert [len(cell.seeds) for cell in report.cells] == [20, 6, 6]
     assert report.nominal.seeds == tuple(range(9_000_000, 9_000_020))
-    assert report.cells[1].seeds == report.nominal.seeds[:6]  # paired
+    assert report.cells[1].seeds == report.nominal.seeds[:6]  # the same starts
     # Counted another way: the untrained mean policy, one episode at a time.
     policy = GaussianPolicy()
     for seed, success, length in zip(report.nominal.seeds, report.nominal.success, report.nominal.length, strict=True):
@@ -66,13 +67,37 @@ def test_videos_show_the_first_episodes_with_their_outcome(tmp_path):
         assert abs(float(frames[0, 100:300].mean()) - expected) < 6
 
 
-def test_filming_changes_no_episode():
+def test_a_film_is_the_episode_that_was_measured():
     policy = GaussianPolicy()
-    plain, _ = play(ReachEnv(8), policy, range(8), torch.Generator().manual_seed(1))
-    filmed, films = play(ReachEnv(8), policy, range(8), torch.Generator().manual_seed(1), film=3)
-    assert torch.equal(plain.success, filmed.success) and torch.equal(plain.length, filmed.length)
-    assert torch.equal(plain.episode_return, filmed.episode_return)
-    assert [len(film) for film in films] == [int(length) + 1 for length in plain.length[:3]]
+    stats, actions = play(ReachEnv(8), policy, range(8), torch.Generator().manual_seed(1))
+    films, success = film(ReachEnv(3), range(3), actions[:3])
+    assert torch.equal(success, stats.success[:3])
+    assert [len(pictures) for pictures in films] == [int(length) + 1 for length in stats.length[:3]]
+
+
+def test_videos_cost_no_picture_where_episodes_are_measured_and_change_no_result(tmp_path, monkeypatch):
+    calls = []
+    step = ReachEnv.step_chunk
+
+    def counting(self, actions):
+        calls.append((self.num_envs, actions.shape[1]))
+        return step(self, actions)
+
+    monkeypatch.setattr(ReachEnv, "step_chunk", counting)
+    plain = sweep(tmp_path / "plain", evaluation__videos=0).as_json()
+    measured, calls[:] = calls.copy(), []
+    assert sweep(tmp_path / "filmed").as_json() == plain
+    wide = [call for call in calls if call[0] != 2]
+    assert wide == measured
+    assert {horizon for _, horizon in wide} == {2}
+    assert {call for call in calls if call[0] == 2} == {(2, 1)}
+
+
+def test_a_replay_that_ends_otherwise_is_said(tmp_path, monkeypatch, caplog):
+    replay = evaluation.film
+    monkeypatch.setattr(evaluation, "film", lambda *given: (lambda films, success: (films, ~success))(*replay(*given)))
+    sweep(tmp_path)
+    assert "nominal: of the filmed episodes [9000000, 9000001] some ended otherwise" in caplog.text
 
 
 def test_agreement_with_real_results(tmp_path):
