@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from gsrl_core.deploy import emulator
 from gsrl_core.errors import PackageError
 
 _CARD = """---
@@ -46,6 +47,16 @@ Success: the cube rests released on the plate. `seed test`: the looser test of t
     real2sim2real verify --bundle .
     real2sim2real serve --bundle .
     real2sim2real deploy --bundle . --robot HOST --dry-run
+    real2sim2real deploy --bundle . --robot HOST --calibration FILE
+
+The dry run moves nothing; without `--calibration` it assumes the package's camera calibration (`--camera scene` renders
+the package's scene where there is no camera). To move, the arm needs the bench's own calibration and a dead-man switch:
+the space bar, held down.
+
+`verify` drives the FR3 emulator, which falls behind real time on a busy machine, with wider monitors than
+`safety.yaml`: state age {emulated_age:g} s, stream time-out {emulated_stream:g} s, tracking error
+x{emulated_tracking:g}. It then requires that the arm followed: {mean_mm:.0f} mm on average, {final_mm:.0f} mm at the
+end.
 
 | | |
 |---|---|
@@ -88,6 +99,11 @@ def model_card(name: str, facts: Mapping[str, Any], report: Mapping[str, Any], o
         force=safety.max_force,
         low=safety.workspace_min,
         high=safety.workspace_max,
+        emulated_age=emulator.STATE_AGE,
+        emulated_stream=emulator.STREAM_TIMEOUT,
+        emulated_tracking=emulator.TRACKING,
+        mean_mm=1000 * emulator.MEAN_FOLLOWING,
+        final_mm=1000 * emulator.FINAL_FOLLOWING,
     )
     inputs = "\n".join(f"- {kind}: `{digest}`" for kind, digest in origin["inputs"].items())
     return f"{card}\n## Made from\n\nreal2sim2real {origin['version']}\n\n{inputs}\n"

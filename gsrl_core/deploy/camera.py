@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from gsrl_core.errors import SafetyError
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.interfaces import Rasterizer
 from gsrl_core.splat.scene import Scene
+
+_FIRST_PICTURE = 5.0
+_SILENCE = 1.0
+_QUEUED = 0.002
+_PLAUSIBLE_AGE = 5.0
 
 
 @dataclass(frozen=True)
@@ -97,39 +103,120 @@ class RobotCamera(Protocol):
 
 
 class VideoCamera:
-    """A V4L2 / UVC device through OpenCV, reduced to the size that the policy was trained on."""
+    """A V4L2 / UVC device through OpenCV, reduced to the size that the policy was trained on.
 
-    def __init__(self, device: int | str, measured: CameraCalibration, contract: CameraContract) -> None:
-        """Open the device at the measured size. Raises SafetyError when it delivers something else."""
+    A driver hands out its oldest buffer first, so a picture that is fetched when it is needed is several periods old.
+    A thread fetches all the time instead and keeps the newest, with the time at which it was taken.
+    """
+
+    def __init__(
+        self,
+        device: int | str,
+        measured: CameraCalibration | None,
+        contract: CameraContract,
+        *,
+        open_capture: Callable[[int | str], Any] | None = None,
+    ) -> None:
+        """Open the device and wait for its first picture.
+
+        Args:
+            device: index or path.
+            measured: calibration at the size that the device shall deliver. None: any size of the contract's shape is
+                taken, and the contract's own calibration is assumed.
+            contract: the camera of the package.
+            open_capture: instead of ``cv2.VideoCapture``.
+
+        Raises:
+            SafetyError: no picture, or one of another size.
+        """
         import cv2
 
         self._cv2 = cv2
         self._device = device
-        self._measured = measured
-        self.calibration = measured.resized(contract.width, contract.height)
-        self._capture: Any = cv2.VideoCapture(device)
-        self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, measured.width)
-        self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, measured.height)
-        # Older frames in the driver's queue would be the past.
-        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-        self.read()
+        self.calibration = CameraCalibration.of(contract)
+        if measured is not None:
+            self.calibration = measured.resized(contract.width, contract.height)
+        self._lock = threading.Condition()
+        self._newest: tuple[NDArray[np.uint8], float] | None = None
+        self._problem: str | None = None
+        self._closing = False
+        self._capture: Any = (open_capture or cv2.VideoCapture)(device)
+        if measured is not None:
+            self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, measured.width)
+            self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, measured.height)
+        self._thread = threading.Thread(target=self._grab, name=f"camera {device}", daemon=True)
+        self._thread.start()
+        try:
+            bgr, _ = self._wait(_FIRST_PICTURE)
+            delivered = (bgr.shape[1], bgr.shape[0])
+            wanted = delivered if measured is None else (measured.width, measured.height)
+            if delivered != wanted:
+                raise SafetyError(
+                    f"camera {device}: got {delivered}, the calibration is for {wanted}; check device and mode"
+                )
+            if measured is None:
+                CameraCalibration(*delivered, np.eye(3), np.eye(4)).resized(contract.width, contract.height)
+            self._size = bgr.shape
+        except SafetyError:
+            self.close()
+            raise
 
     def read(self) -> Picture:
-        """The newest picture, converted from OpenCV's BGR."""
-        delivered, bgr = self._capture.read()
-        stamp = time.monotonic()
-        size = (self._measured.height, self._measured.width, 3)
-        if not delivered or bgr.shape != size:
-            got = bgr.shape if delivered else "no picture"
-            raise SafetyError(f"camera {self._device}: got {got}, the calibration is for {size}; check device and mode")
-        reduced = self._cv2.resize(
-            bgr, (self.calibration.width, self.calibration.height), interpolation=self._cv2.INTER_AREA
-        )
+        """The newest picture, converted from OpenCV's BGR; its stamp tells how old it is.
+
+        Raises:
+            SafetyError: the device failed, changed its mode, or gave nothing new for a second.
+        """
+        bgr, stamp = self._wait(0.0)
+        if bgr.shape != self._size:
+            raise SafetyError(f"camera {self._device}: got {bgr.shape} instead of {self._size}; check its mode")
+        size = (self.calibration.width, self.calibration.height)
+        reduced = self._cv2.resize(bgr, size, interpolation=self._cv2.INTER_AREA)
         return Picture(self._cv2.cvtColor(reduced, self._cv2.COLOR_BGR2RGB), stamp)
 
     def close(self) -> None:
         """Release the device."""
-        self._capture.release()
+        self._closing = True
+        self._thread.join(_SILENCE)
+        # Releasing a device under a read that hangs can crash; it then goes with the process.
+        if not self._thread.is_alive():
+            self._capture.release()
+
+    def _wait(self, seconds: float) -> tuple[NDArray[np.uint8], float]:
+        with self._lock:
+            self._lock.wait_for(lambda: self._newest is not None or self._problem is not None, seconds)
+            if self._problem is not None:
+                raise SafetyError(f"camera {self._device}: {self._problem}; check device and cable")
+            if self._newest is None:
+                raise SafetyError(f"camera {self._device}: got no picture within {seconds:g} s; check device and mode")
+            age = time.monotonic() - self._newest[1]
+            if age > _SILENCE:
+                raise SafetyError(f"camera {self._device}: no new picture for {age:.1f} s; check device and cable")
+            return self._newest
+
+    def _grab(self) -> None:
+        while not self._closing:
+            asked = time.monotonic()
+            delivered = self._capture.grab()
+            stamp = self._taken_at(time.monotonic())
+            # Given at once, it lay in the driver's queue for an unknown time: go on to one that had to be waited for.
+            queued = stamp is None and time.monotonic() - asked < _QUEUED
+            if delivered and queued:
+                continue
+            delivered, bgr = self._capture.retrieve() if delivered else (False, None)
+            with self._lock:
+                if delivered:
+                    self._newest = (bgr, time.monotonic() if stamp is None else stamp)
+                else:
+                    self._problem = "got no picture"
+                self._lock.notify_all()
+            if not delivered:
+                return
+
+    def _taken_at(self, now: float) -> float | None:
+        # V4L2 drivers stamp their buffers with the monotonic clock; other backends give something else or nothing.
+        stamp = float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC)) / 1000.0
+        return stamp if now - _PLAUSIBLE_AGE < stamp <= now else None
 
 
 class SimulatedCamera:

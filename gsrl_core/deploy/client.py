@@ -37,14 +37,15 @@ class PolicyClient:
                 max_size=wire.MAX_MESSAGE,
                 additional_headers=headers,
                 open_timeout=timeout,
-                close_timeout=1.0,
+                # Short: a server that did not answer a request will not answer a farewell either.
+                close_timeout=0.2,
                 proxy=None,
             )
-            self.metadata: dict[str, Any] = wire.unpack(self._received())
         except (OSError, WebSocketException) as error:
             raise WorkerError(
                 f"policy server {self._address}: {error or type(error).__name__}; start `real2sim2real serve` there"
             ) from error
+        self.metadata: dict[str, Any] = wire.unpack(self._received())
 
     def __enter__(self) -> Self:
         return self
@@ -52,8 +53,8 @@ class PolicyClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def check(self, contract: Contract) -> None:
-        """Compare the server's contract with ours.
+    def check(self, contract: Contract, manifest: str | None = None) -> None:
+        """Compare the server's contract with ours, and its package by the digest of its manifest if one is given.
 
         Raises:
             PackageError: they differ; names the fields.
@@ -66,22 +67,26 @@ class PolicyClient:
         if different:
             details = "; ".join(f"{key}: server {served.get(key)!r}, package {mine.get(key)!r}" for key in different)
             raise PackageError(f"policy server {self._address} serves another contract ({details}); serve this package")
+        other = self.metadata.get("manifest_sha256")
+        if manifest is not None and other != manifest:
+            raise PackageError(
+                f"policy server {self._address} serves another package (manifest {str(other)[:12]}, ours "
+                f"{manifest[:12]}); serve this package there"
+            )
 
     def infer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Ask for one chunk.
 
         Raises:
-            WorkerError: the server refused the request (with its own words), died, or did not answer in time.
+            WorkerError: the server refused the request (with its own words), died, or did not answer in time. The
+                connection is closed then: a late answer must not be taken for that of the next request.
         """
         with self._lock:
             try:
                 self._connection.send(wire.pack(dict(request)))
-                answer = self._received()
             except (OSError, WebSocketException) as error:
-                raise WorkerError(
-                    f"policy server {self._address}: connection lost ({error or type(error).__name__})"
-                ) from error
-        return wire.unpack(answer)
+                raise self._lost(error) from error
+            return wire.unpack(self._received())
 
     def close(self) -> None:
         """Close the connection; an answer that another thread waits for ends with WorkerError."""
@@ -91,8 +96,14 @@ class PolicyClient:
         try:
             message = self._connection.recv(self._timeout)
         except TimeoutError as error:
+            self._connection.close()
             raise WorkerError(f"policy server {self._address}: no answer within {self._timeout:g} s") from error
+        except (OSError, WebSocketException) as error:
+            raise self._lost(error) from error
         if isinstance(message, str):
             lines = message.strip().splitlines() or ["unknown error"]
             raise WorkerError(f"policy server {self._address} refused the request: {lines[-1]}")
         return message
+
+    def _lost(self, error: Exception) -> WorkerError:
+        return WorkerError(f"policy server {self._address}: connection lost ({error or type(error).__name__})")

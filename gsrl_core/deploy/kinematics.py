@@ -39,6 +39,31 @@ FLANGE_FROM_TCP = _rotated_z(-np.pi / 4, 0.1034)
 """F_T_EE of the Franka Hand: ``fr3_hand_tcp`` in ``fr3_link8``."""
 
 
+def _corners(low: tuple[float, float, float], high: tuple[float, float, float]) -> Array:
+    return np.array([[x, y, z] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
+
+
+# Collision shapes of the URDF (m): the hand's bounds in its own frame, and the rubber tip and the screw mount of an
+# open finger (0.04 m aside). A finger's other two boxes lie within the hull of these. Open, because a tilted hand then
+# reaches lowest, and because the fingers may open at any moment.
+_HAND_BOX = _corners((-0.0317, -0.1040, -0.0260), (0.0317, 0.1005, 0.0660))
+_FINGER_BOXES = np.concatenate(
+    [
+        _corners((-0.00875, -0.00002, 0.0360), (0.00875, 0.01518, 0.0545)),
+        _corners((-0.011, 0.011, 0.001), (0.011, 0.026, 0.021)),
+    ]
+) + np.array([0.0, 0.04, _FINGER])
+HAND_POINTS = np.concatenate([_HAND_BOX, _FINGER_BOXES, _FINGER_BOXES * [-1.0, -1.0, 1.0]])
+"""[40, 3] m in ``fr3_hand``: points whose hull holds the hand and its open fingers."""
+
+
+def hand_reach_down(base_from_tcp_rotation: Array, flange_from_tcp: Array = FLANGE_FROM_TCP) -> float:
+    """How far (m) the lowest point of hand and open fingers lies below the TCP, at an orientation [3, 3]."""
+    tcp_from_hand = np.linalg.inv(flange_from_tcp) @ FLANGE_FROM_HAND
+    points = HAND_POINTS @ tcp_from_hand[:3, :3].T + tcp_from_hand[:3, 3]
+    return float(-(points @ base_from_tcp_rotation[2]).min())
+
+
 def link_poses(q: Array, fingers: tuple[float, float] = (0.0, 0.0)) -> dict[str, Array]:
     """base_from_link [4, 4] of links 0..8, hand and fingers at joint positions ``q`` [7] (rad), fingers (m)."""
     arm = _chain(q)

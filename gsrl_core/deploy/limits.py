@@ -87,7 +87,9 @@ class SafetyLimits(BaseModel):
     max_turn_jerk: float = Field(600.0, gt=0, le=8500.0)
     """[rad/s^3]."""
     workspace_min: Vector3 = (0.25, -0.35, 0.005)
-    """Lowest TCP position in the base frame [m]; its z keeps the fingers off the table."""
+    """Lowest position in the base frame [m]: of the TCP in x and y, of the lowest point of hand and fingers in z.
+
+    The fingers reach 9.5 mm beyond the TCP, and a tilted hand reaches lower on one side."""
     workspace_max: Vector3 = (0.70, 0.35, 0.55)
     """Highest TCP position in the base frame [m]."""
     joint_margin: float = Field(0.02, ge=0, le=0.3)
@@ -105,9 +107,15 @@ class SafetyLimits(BaseModel):
     max_state_age: float = Field(0.1, gt=0, le=1.0)
     """Age of the robot state that stops the arm [s]."""
     max_tracking_error: float = Field(0.06, gt=0, le=0.2)
-    """Distance between streamed and measured TCP that stops the arm [m]."""
+    """Distance between streamed and measured TCP that stops the arm [m]; a monitor, the clip below bounds forces."""
     max_tracking_turn: float = Field(0.35, gt=0, le=1.0)
     """The same for orientation [rad]."""
+    error_clip_translation: float = Field(0.06, gt=0, le=0.1)
+    """Largest position error that the impedance controller acts on [m]; times stiffness it is the largest push."""
+    error_clip_rotation: float = Field(0.35, gt=0, le=0.5)
+    """The same for orientation [rad]."""
+    stream_timeout: float = Field(0.25, ge=0.05, le=2.0)
+    """Without a setpoint for this long the stream watchdog stops the arm, whatever the control loop does [s]."""
     min_success_rate: float = Field(0.8, ge=0, le=1)
     """Share of control packets that must arrive while in motion."""
     translational_stiffness: float = Field(800.0, ge=10, le=3000)

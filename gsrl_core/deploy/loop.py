@@ -17,12 +17,13 @@ from gsrl_core.deploy.envelope import Decision, Envelope, check_chunk
 from gsrl_core.deploy.kinematics import pose_error
 from gsrl_core.deploy.limits import Array
 from gsrl_core.deploy.preflight import check_camera, check_tcp
-from gsrl_core.deploy.robot import Robot, RobotState
+from gsrl_core.deploy.robot import Robot, RobotState, wait_at_rest
 from gsrl_core.deploy.smooth import Setpoint
 from gsrl_core.errors import SafetyError
 
 _FROZEN_PICTURES = 3
 _FROZEN_TRAVEL = 0.01
+_SETTLE = 0.3
 
 
 class ChunkSource(Protocol):
@@ -48,6 +49,10 @@ class EpisodeLog:
     stale_chunks: int = 0
     outcome: str = "not started"
     """``completed``, or why it was stopped."""
+    start: list[list[float]] | None = None
+    """Measured pose at the start."""
+    final: dict[str, Any] | None = None
+    """Target and measured pose after the last step, when the target stood; none in a dry run or a stopped episode."""
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the episode."""
@@ -60,6 +65,7 @@ class EpisodeLog:
             "infer_ms": _percentiles(self.infer_ms),
             "tracking_mm": _percentiles(self.tracking_mm),
             "late_ms": _percentiles(self.late_ms),
+            "final": self.final,
         }
 
 
@@ -71,9 +77,9 @@ def run_episode(
     contract: Contract,
     *,
     log: EpisodeLog,
+    permit: Callable[[], bool],
     max_steps: int | None = None,
     dry_run: bool = False,
-    permit: Callable[[], bool] = lambda: True,
 ) -> EpisodeLog:
     """Run one episode at the contract's rate and stop the arm, however it ends.
 
@@ -84,26 +90,35 @@ def run_episode(
         camera: calibrated as the contract says.
         contract: of the package.
         log: filled in place.
+        permit: dead-man switch, asked before every setpoint; false stops the arm. Not asked in a dry run.
         max_steps: control steps (default: the contract's).
         dry_run: compute and log everything, move nothing.
-        permit: dead-man switch, asked before every setpoint; false stops the arm.
 
     Raises:
         SafetyError: preconditions not met, a monitor tripped, a bad chunk, the watchdog, or the switch was released.
-        WorkerError: the policy server failed. The arm was stopped before either is raised.
+        WorkerError: the policy server failed. The arm was stopped before either is raised; what went wrong while
+            stopping is a note of the error that was the reason to stop.
     """
     check_tcp(contract, robot.flange_from_tcp)
     check_camera(contract, camera.calibration)
     log.outcome = "interrupted"
+    reason: BaseException | None = None
     episode = _Episode(robot, client, envelope, camera, contract, log, dry_run, permit)
     try:
-        episode.run(max_steps or contract.max_episode_steps)
+        episode.run(contract.max_episode_steps if max_steps is None else max_steps)
         log.outcome = "completed"
-    except Exception as error:
-        log.outcome = str(error)
+    except BaseException as error:
+        reason = error
+        log.outcome = str(error) or type(error).__name__
         raise
     finally:
-        episode.close()
+        try:
+            episode.close()
+        except Exception as error:
+            log.outcome += f" (while stopping: {error})"
+            if reason is None:
+                raise
+            reason.add_note(f"while stopping: {error}")
     return log
 
 
@@ -127,7 +142,8 @@ class _Episode:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def run(self, max_steps: int) -> None:
-        self.envelope.start(self.robot.read())
+        self.envelope.start(wait_at_rest(self.robot.read))
+        self.log.start = self.envelope.target.tolist()
         if not self.dry_run:
             self.robot.begin()
         self._due = time.monotonic()
@@ -139,6 +155,8 @@ class _Episode:
                     self.robot.grip(decision.width)
                 state = self._stream(decision)
                 self._record(action, decision, state)
+        if not self.dry_run:
+            self._settle()
 
     def close(self) -> None:
         try:
@@ -171,21 +189,32 @@ class _Episode:
         answer = self.client.infer(request)
         return picture, state, answer, 1000.0 * (time.perf_counter() - started)
 
+    def _settle(self) -> None:
+        # An episode ends on its last target, not in the middle of the motion towards it.
+        until = time.monotonic() + _SETTLE
+        while True:
+            setpoint = self.envelope.hold()
+            state = self._send(setpoint)
+            speed = np.abs([*setpoint.linear, *setpoint.angular]).max()
+            if speed < 1e-6 and time.monotonic() > until:
+                break
+        self.log.final = {"target": self.envelope.target.tolist(), "measured": state.base_from_tcp.tolist()}
+
     def _hold_until(self, future: Future[Any], asked: float) -> None:
         # At least one setpoint per request, so that a row of stale chunks cannot starve the stream.
         while True:
             self._send(self.envelope.hold())
-            if future.done():
-                return
             waited = time.monotonic() - asked
             if waited > self.envelope.limits.watchdog:
                 raise SafetyError(
                     f"no usable chunk for {waited:.1f} s (watchdog {self.envelope.limits.watchdog} s, "
                     f"{self.log.stale_chunks} too old); the arm held and was stopped. Check the policy server's speed"
                 )
+            # After the watchdog: an answer that comes too late is not used because it did come.
+            if future.done():
+                return
 
     def _stream(self, decision: Decision) -> RobotState:
-        state = self.robot.read()
         for setpoint in decision.setpoints:
             state = self._send(setpoint)
         return state
@@ -199,9 +228,9 @@ class _Episode:
         if self._streamed is not None:
             error = pose_error(self._streamed.pose, state.base_from_tcp)
             self.log.tracking_mm.append(1000.0 * float(np.linalg.norm(error[:3])))
-        if not self.permit():
-            raise SafetyError("the dead-man switch was released; the arm was stopped")
         if not self.dry_run:
+            if not self.permit():
+                raise SafetyError("the dead-man switch was released; the arm was stopped")
             self.robot.command(setpoint)
             self._streamed = setpoint
         self.log.late_ms.append(1000.0 * max(0.0, now - self._due))

@@ -48,7 +48,7 @@ class PolicyServer:
         Raises:
             PackageError: the port is taken, or the address is reachable by others and there is no API key.
         """
-        if not api_key and not _is_loopback(host):
+        if not api_key and not is_loopback(host):
             raise PackageError(
                 f"{host} is reachable from other machines: set GSRL_API_KEY, or serve on 127.0.0.1 through a tunnel"
             )
@@ -137,8 +137,17 @@ class PolicyServer:
         return self._service.infer(wire.unpack(message))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches only this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``. Raises PackageError when it is not one."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise PackageError(f"{text!r} is not HOST:PORT; for example 192.168.1.5:8000")
+    return host, int(port)

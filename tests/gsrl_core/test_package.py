@@ -19,13 +19,14 @@ from gsrl_core.deploy.child import child_environment
 from gsrl_core.deploy.contract import Contract
 from gsrl_core.deploy.emulator import running_emulator
 from gsrl_core.deploy.limits import SafetyLimits
+from gsrl_core.deploy.loop import EpisodeLog
 from gsrl_core.deploy.manifest import NAME, check_manifest, write_manifest
 from gsrl_core.deploy.service import PolicyService
 from gsrl_core.errors import GsrlError, PackageError, SafetyError
 from gsrl_core.interfaces import NullReporter
 from gsrl_core.package import build_package, verify_package
 from gsrl_core.package_card import evaluation_table, installed_requirements
-from gsrl_core.package_check import check_steps
+from gsrl_core.package_check import check_following, check_steps
 from gsrl_core.package_run import deploy_package, load_served_policy, serving
 
 TOKENIZER = Path(gsrl_core.__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
@@ -95,6 +96,8 @@ def test_the_card_states_numbers_and_that_hardware_is_open(bundle):
     card = (bundle / "README.md").read_text()
     assert "| nominal | 50.0% | 40.2% .. 59.8% | 48 of 96 | 62.5% |" in card
     assert "Hardware acceptance: not done" in card
+    assert "state age 1 s, stream time-out 1 s, tracking error\nx2. It then requires" in card
+    assert "deploy --bundle . --robot HOST --dry-run" in card
     assert card.startswith("---\nlicense: apache-2.0\n")
 
 
@@ -133,9 +136,16 @@ def test_a_tampered_package_is_neither_verified_nor_deployed(copy):
 
 def test_a_device_needs_a_calibration_of_this_bench(bundle, tmp_path):
     with pytest.raises(SafetyError, match="--calibration"):
-        deploy_package(bundle, "127.0.0.1", dry_run=True)
+        deploy_package(bundle, "172.16.0.2", permit=lambda: True)
     with pytest.raises(SafetyError, match="not a camera calibration"):
-        deploy_package(bundle, "127.0.0.1", calibration=tmp_path / "none.json", dry_run=True)
+        deploy_package(bundle, "172.16.0.2", calibration=tmp_path / "none.json", dry_run=True)
+    with pytest.raises(SafetyError, match="does not show the bench"):
+        deploy_package(bundle, "172.16.0.2", camera="scene", permit=lambda: True)
+
+
+def test_hardware_needs_a_dead_man_switch(bundle):
+    with pytest.raises(SafetyError, match=r"172\.16\.0\.2 needs a dead-man switch"):
+        deploy_package(bundle, "172.16.0.2", camera=NoisyCamera(Contract.load(bundle / "contract.json")))
 
 
 class Progress(NullReporter):
@@ -156,6 +166,14 @@ def test_verification_with_the_emulator(bundle):
     assert findings["robot_steps"] == 30
     assert findings["robot_max_step_m"] <= SafetyLimits().max_step_translation + 1e-9
     assert findings["robot_travel_m"] > 0.005
+    assert findings["robot_final_mm"] <= 15.0
+    assert findings["robot_tracking_mm_mean"] <= 30.0
+    assert findings["robot_reached_mm"] > 0.5 * findings["robot_asked_mm"]
+    # What was relaxed for the emulator is said, with what the package demands.
+    assert findings["emulator_max_tracking_error"] == pytest.approx(2 * findings["package_max_tracking_error"])
+    assert {name for name in findings if name.startswith("emulator_")} == {
+        f"emulator_{name}" for name in ("max_state_age", "stream_timeout", "max_tracking_error", "max_tracking_turn")
+    }
     assert findings["manifest_sha256"] == check_manifest(bundle)
     assert [fraction for fraction, _ in progress.messages] == sorted(fraction for fraction, _ in progress.messages)
     assert progress.messages[-1] == (1.0, "verified")
@@ -173,18 +191,28 @@ class NoisyCamera:
 
 def test_deploy_drives_to_the_start_pose_runs_and_writes_its_log(inputs, tmp_path):
     # Thresholds of a bench computer would trip here, where emulator, server and client share two busy cores.
-    relaxed = {"release.safety.max_state_age": 1.0, "release.safety.max_tracking_error": 0.15}
+    relaxed = {
+        "release.safety.max_state_age": 1.0,
+        "release.safety.max_tracking_error": 0.15,
+        "release.safety.stream_timeout": 1.0,
+    }
     bundle = make_bundle(inputs, tmp_path / "bundle", **relaxed)
     contract = Contract.load(bundle / "contract.json")
     elsewhere = np.array(contract.start_q) + np.array([0.1, 0, 0, 0, 0, 0, 0.1])
     with serving(bundle) as server, running_emulator(elsewhere) as host:
         options = {"camera": NoisyCamera(contract), "server": server, "realtime": False, "max_steps": 5}
-        dry = deploy_package(bundle, host, **options, dry_run=True, log_path=tmp_path / "dry.json")
+        # As on the card: no calibration, and here no camera either.
+        without = {**options, "camera": "scene"}
+        dry = deploy_package(bundle, host, **without, dry_run=True, log_path=tmp_path / "dry.json")
         assert dry["outcome"] == "completed"
+        assert dry["calibration"] == "rendered"
         measured = [step["q"] for step in json.loads((tmp_path / "dry.json").read_text())["steps"]]
         np.testing.assert_allclose(measured[-1], elsewhere, atol=5e-3)  # nothing moved
         with pytest.raises(SafetyError, match="not held"):
             deploy_package(bundle, host, **options, permit=lambda: False)
+        other = make_bundle(inputs, tmp_path / "other", **relaxed, **{"release.safety.max_speed": 0.3})
+        with pytest.raises(PackageError, match="serves another package"):
+            deploy_package(other, host, **options)
         summary = deploy_package(bundle, host, **options, log_path=tmp_path / "log.json")
     assert summary["outcome"] == "completed"
     log = json.loads((tmp_path / "log.json").read_text())
@@ -328,6 +356,60 @@ def test_the_check_of_a_recorded_episode_flags_every_violation(bundle):
     bent[1]["q"] = [3.0, *bent[1]["q"][1:]]
     with pytest.raises(PackageError, match="joint beyond"):
         check_steps(bent, limits, contract)
+
+
+def test_fingers_below_the_workspace_are_flagged_though_the_tcp_is_inside(bundle):
+    contract, limits = Contract.load(bundle / "contract.json"), SafetyLimits()
+    steps = recorded(contract, count=1)
+    down = np.diag([1.0, -1.0, -1.0, 1.0])
+    down[:3, 3] = (0.45, 0.0, 0.014)  # 9.5 mm from TCP to tip leave 4.5 mm, the floor is 5 mm
+    steps[0]["target"] = down.tolist()
+    with pytest.raises(PackageError, match=r"finger tip below the workspace \[m\] reached 0\.0005"):
+        check_steps(steps, limits, contract)
+    down[2, 3] = 0.0146
+    steps[0]["target"] = down.tolist()
+    check_steps(steps, limits, contract)
+
+
+def followed(asked=0.04, share=1.0, final=0.0, turn=0.0, lag_mm=5.0):
+    """The log of an arm that came ``share`` of the way and ended ``final`` m and ``turn`` rad off."""
+
+    def at(x, angle=0.0):
+        pose = np.eye(4)
+        pose[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        pose[0, 3] = x
+        return pose.tolist()
+
+    log = EpisodeLog(start=at(0.0), tracking_mm=[lag_mm] * 10)
+    log.steps = [{"target": at(asked * k / 4), "measured": at(share * asked * k / 4)} for k in range(1, 5)]
+    log.final = {"target": at(asked), "measured": at(asked - final, turn)}
+    return log
+
+
+def test_following_is_judged():
+    found = check_following(followed(final=0.004))
+    assert found["final_mm"] == pytest.approx(4.0)
+    assert found["mean_mm"] == pytest.approx(5.0)
+    assert (found["asked_mm"], found["travelled_mm"]) == pytest.approx((40.0, 40.0))
+    for log, text in (
+        (followed(lag_mm=31.0), "mean distance"),
+        (followed(final=0.016), "final distance"),
+        (followed(turn=0.09), "final turn"),
+        (followed(asked=0.012, share=0.0, final=0.012), "the arm only 0.0 mm"),
+        (EpisodeLog(), "nothing was streamed"),
+    ):
+        with pytest.raises(PackageError, match=text):
+            check_following(log)
+    # A policy that asks for nothing cannot show that the arm follows, and is not blamed for it.
+    check_following(followed(asked=0.004, share=0.0, final=0.004))
+
+
+def test_a_policy_blind_to_colours_fails_verification(bundle, monkeypatch):
+    from gsrl_core import package_check
+
+    monkeypatch.setattr(package_check.parity, "color_sensitivity", lambda *_: 1e-5)
+    with pytest.raises(PackageError, match="red and blue are swapped"):
+        package_check.check_package(bundle, robot=False)
 
 
 def test_serve_runs_as_a_process_and_ends_with_it(bundle):

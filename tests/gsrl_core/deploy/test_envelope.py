@@ -1,5 +1,6 @@
 """The envelope's promises, judged by a checker that shares no code with it: finite differences and pinocchio."""
 
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from gsrl_core.deploy.contract import ActionContract
 from gsrl_core.deploy.envelope import Envelope, check_chunk, clamp_step, integrate
 from gsrl_core.deploy.kinematics import solve_ik, tcp_pose
 from gsrl_core.deploy.limits import SafetyLimits
@@ -20,6 +22,17 @@ LIMITS = SafetyLimits()
 Q_LOW = np.array([-2.3476, -1.5454, -2.4937, -2.7714, -2.5100, 0.7773, -2.7045])
 Q_HIGH = np.array([2.3476, 1.5454, 2.4937, -0.4226, 2.5100, 4.2841, 2.7045])
 DQ_HIGH = np.array([2.0, 1.0, 1.5, 1.25, 3.0, 1.5, 3.0])
+
+
+def finger_boxes(body):
+    """(origin, rpy, size) of the collision boxes of a finger, read from the URDF."""
+    import franky_sim
+
+    root = ElementTree.parse(Path(franky_sim.__file__).parent / "assets" / "fr3.urdf").getroot()
+    for collision in root.find(f"link[@name='{body}']").iter("collision"):
+        origin = collision.find("origin")
+        size = collision.find("geometry/box").get("size")
+        yield tuple(np.array(text.split(), float) for text in (origin.get("xyz"), origin.get("rpy"), size))
 
 
 class Checker:
@@ -47,6 +60,20 @@ class Checker:
             path.append(self.q[:7].copy())
         return np.array(path)
 
+    def lowest(self, poses):
+        """Height of the lowest corner of the URDF's finger boxes, fingers open, at each TCP pose."""
+        pin = self.pin
+        pin.framesForwardKinematics(self.model, self.data, np.array([*START_Q, 0.04, 0.04]))
+        tcp = self.data.oMf[self.frame].homogeneous
+        corners = []
+        for body in ("fr3_leftfinger", "fr3_rightfinger"):
+            tcp_from_finger = np.linalg.inv(tcp) @ self.data.oMf[self.model.getFrameId(body)].homogeneous
+            for origin, turn, size in finger_boxes(body):
+                box = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * size / 2
+                points = Rotation.from_euler("xyz", turn).apply(box) + origin
+                corners.append(np.c_[points, np.ones(8)] @ tcp_from_finger.T)
+        return (np.concatenate(corners) @ np.swapaxes(poses, 1, 2))[..., 2].min(axis=1)
+
     def violations(self, poses, *, dt=0.01, joints=True):
         poses = np.array(poses)
         found = []
@@ -55,7 +82,8 @@ class Checker:
         p = poses[:, :3, 3]
         if (p < np.array(LIMITS.workspace_min) - 1e-6).any() or (p > np.array(LIMITS.workspace_max) + 1e-6).any():
             found.append("workspace")
-        for order, limit, name in ((1, LIMITS.max_speed, "speed"), (2, LIMITS.max_acceleration, "acceleration")):
+        orders = (LIMITS.max_speed, "speed"), (LIMITS.max_acceleration, "acceleration"), (LIMITS.max_jerk, "jerk")
+        for order, (limit, name) in enumerate(orders, 1):
             value = np.linalg.norm(np.diff(p, order, axis=0), axis=1).max(initial=0.0) / dt**order
             if value > limit * (1 + 1e-6):
                 found.append(f"{name} {value:.3f}")
@@ -65,6 +93,10 @@ class Checker:
             found.append("turn rate")
         if np.linalg.norm(np.diff(rate, axis=0), axis=1).max(initial=0.0) / dt > LIMITS.max_turn_acceleration:
             found.append("turn acceleration")
+        if np.linalg.norm(np.diff(rate, 2, axis=0), axis=1).max(initial=0.0) / dt**2 > LIMITS.max_turn_jerk:
+            found.append("turn jerk")
+        if (self.lowest(poses) < LIMITS.workspace_min[2] - 1e-3).any():
+            found.append("table")
         if joints and not found:
             q = self.joints(poses)
             if (q < Q_LOW).any() or (q > Q_HIGH).any():
@@ -93,8 +125,9 @@ def number(limit):
     return st.floats(-limit, limit, allow_nan=False)
 
 
-SMALL = st.tuples(*[number(0.05)] * 3, *[number(0.2)] * 3, number(1.0))
-WILD = st.tuples(*[number(1e6)] * 7)
+SMALL = st.tuples(*[number(0.05)] * 3, *[number(0.14)] * 3, number(1.0))
+# The largest that check_chunk lets through: half as much again as the contract's bound.
+WILD = st.tuples(*[number(0.15)] * 6, number(1e6))
 # The same push again and again is what reaches walls and joint limits.
 PUSH = st.tuples(SMALL | WILD, st.integers(1, 12)).map(lambda pair: [pair[0]] * pair[1])
 
@@ -103,6 +136,8 @@ PUSH = st.tuples(SMALL | WILD, st.integers(1, 12)).map(lambda pair: [pair[0]] * 
 @given(st.lists(PUSH, min_size=1, max_size=3))
 def test_whatever_the_policy_says_the_stream_stays_within_all_limits(pushes):
     actions = [action for push in pushes for action in push]
+    for action in actions:
+        check_chunk([action] * 4, make_contract())
     poses, decisions = drive(actions)
     assert Checker().violations(poses) == []
     previous = tcp_pose(START_Q)
@@ -130,9 +165,24 @@ def test_negative_control_the_checker_flags_what_the_envelope_prevents():
     spun = start.copy()
     spun[:3, :3] = Rotation.from_rotvec([0, 0, 0.3]).as_matrix() @ spun[:3, :3]
     assert "turn rate" in Checker().violations([start, spun])
+    # Full acceleration at once: speed and acceleration are legal, the jerk is not.
+    jump = [_moved(start, (0, 0.5 * 4.0 * (0.01 * k) ** 2, 0)) for k in [0, 0, 0, *range(8)]]
+    assert [text.split()[0] for text in Checker().violations(jump)] == ["jerk"]
+    # A vertical hand with the TCP 5 mm above the table has its finger tips 4.5 mm below the plane.
+    low = vertical(0.005)
+    assert Checker().lowest(np.array([low]))[0] == pytest.approx(-0.0045, abs=1e-9)
+    assert Checker().violations([low]) == ["table"]
     # Joint 7 turned slowly past its limit: only the joints are wrong.
     path = START_Q + np.outer(np.linspace(0, 2.2, 250), np.eye(7)[6])
     assert Checker().violations([tcp_pose(q) for q in path]) == ["joint position"]
+
+
+def vertical(z, tilt=0.0):
+    """The hand pointing down, tilted about the base's x axis (rad), TCP at height ``z``."""
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("x", np.pi + tilt).as_matrix()
+    pose[:3, 3] = (0.45, 0.0, z)
+    return pose
 
 
 def _moved(pose, offset):
@@ -187,10 +237,75 @@ def test_clamps_keep_the_direction_and_say_their_name():
     assert events == ("translation_clamped", "rotation_clamped")
 
 
-def test_the_table_is_never_reached():
-    poses, decisions = drive([[0, 0, -0.1, 0, 0, 0, -1.0]] * 20)
-    assert np.array(poses)[:, 2, 3].min() >= LIMITS.workspace_min[2] - 1e-9
+def over_the_table(tilt=0.0, z=0.08):
+    """Joint positions with the hand pointing down, close over the table."""
+    found = solve_ik(vertical(z, tilt), START_Q, iterations=200)
+    assert found.converged
+    return found.q
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.2, -0.2])
+def test_the_fingers_never_reach_the_table(tilt):
+    poses, decisions = drive([[0, 0, -0.1, 0, 0, 0, -1.0]] * 12, q=over_the_table(tilt))
+    heights = Checker().lowest(np.array(poses))
+    assert heights.min() >= LIMITS.workspace_min[2] - 1e-6
+    assert heights[-1] == pytest.approx(LIMITS.workspace_min[2], abs=1e-4)
     assert "workspace" in decisions[-1].events
+    # 5 mm clearance + 9.5 mm from TCP to tip when vertical; a tilt of 0.2 rad costs about (40 + 15) mm * sin 0.2 more.
+    assert poses[-1][2, 3] == pytest.approx(0.0145 if tilt == 0 else 0.0145 + 0.055 * np.sin(0.2), abs=1e-3)
+
+
+@pytest.mark.parametrize("axis", [3, 4])
+def test_a_turn_near_the_table_lifts_the_hand_or_is_reduced(axis):
+    down = [[0, 0, -0.02, 0, 0, 0, 1.0]] * 5
+    turn = [0.0] * 7
+    turn[axis] = 0.1
+    poses, decisions = drive([*down, *[turn] * 6], q=over_the_table())
+    assert Checker().lowest(np.array(poses)).min() >= LIMITS.workspace_min[2] - 1e-3
+    assert {"workspace", "table"} & set(decisions[-1].events)
+    assert poses[-1][2, 3] > 0.0145
+
+
+def test_a_cube_on_the_table_can_be_grasped():
+    # 40 mm cube: its centre is 20 mm above the table, where the task's expert puts the TCP.
+    q = over_the_table(z=0.08)
+    poses, decisions = drive([[0, 0, -0.02, 0, 0, 0, 1.0]] * 3 + [[0, 0, 0, 0, 0, 0, -0.5]], q=q)
+    assert [decision.events for decision in decisions] == [()] * 4
+    assert poses[-1][2, 3] == pytest.approx(0.02, abs=1e-5)
+    assert decisions[-1].width == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "text"), [(1, 0, 1e6, r"1e\+06 m in step 1"), (2, 5, -0.16, r"-0\.16 rad in step 2")]
+)
+def test_an_absurd_chunk_is_refused_not_walked_on(row, column, value, text):
+    chunk = np.zeros((4, 7))
+    chunk[row, column] = value
+    with pytest.raises(SafetyError, match=text):
+        check_chunk(chunk, make_contract())
+    # The bound is the contract's, a little more is noise, and the gripper saturates.
+    chunk[row, column] = 0.14
+    chunk[0, 6] = 40.0
+    check_chunk(chunk, make_contract())
+    with pytest.raises(SafetyError, match=r"never exceeds 0\.05"):
+        check_chunk(chunk, make_contract(action=ActionContract(bound=0.05)))
+
+
+def test_a_preview_that_is_refused_even_at_rest_stops_the_arm():
+    envelope = Envelope(LIMITS, make_contract())
+    envelope.start(make_state())
+    # As after a push: the joints that hold this pose lie outside their range by more than braking may use.
+    envelope._q_max = START_Q - 0.05
+    with pytest.raises(SafetyError, match=r"leave its limits \(joints\) even if it only braked"):
+        envelope.step(np.zeros(7), make_state())
+
+
+def test_a_pose_that_no_joints_reach_stops_the_arm():
+    envelope = Envelope(LIMITS, make_contract())
+    envelope.start(make_state())
+    envelope.setpoint = Setpoint.at_rest(_moved(tcp_pose(START_Q), (0.6, 0, 0)))
+    with pytest.raises(SafetyError, match="no joint positions near"):
+        envelope.step(np.zeros(7), make_state())
 
 
 def test_joint_limits_stop_a_motion_that_the_workspace_would_allow():
@@ -230,8 +345,8 @@ def test_start_is_refused_outside_the_envelope():
         envelope.start(make_state(base_from_tcp=_moved(tcp_pose(START_Q), (0.4, 0, 0))))
     with pytest.raises(SafetyError, match="not finite"):
         envelope.start(make_state(wrench=np.full(6, np.nan)))
-    with pytest.raises(SafetyError, match="arm moves"):
-        envelope.start(make_state(dq=np.full(7, 0.2)))
+    with pytest.raises(SafetyError, match=r"lowest point of the hand at z = -0\.00"):
+        envelope.start(make_state(over_the_table(z=0.03), base_from_tcp=vertical(0.008)))
     with pytest.raises(SafetyError, match="joint 7"):
         envelope.start(make_state(START_Q + np.array([0, 0, 0, 0, 0, 0, 2.2])))
     with pytest.raises(SafetyError, match="TCP"):

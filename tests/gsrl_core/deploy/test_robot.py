@@ -15,14 +15,24 @@ from gsrl_core.deploy import limits as fr3
 from gsrl_core.deploy.child import child_environment, running_child
 from gsrl_core.deploy.emulator import running_emulator
 from gsrl_core.deploy.envelope import Envelope
+from gsrl_core.deploy.franky_robot import FrankyRobot, _urdf_joint_limits
 from gsrl_core.deploy.kinematics import FLANGE_FROM_TCP, pose_error, tcp_pose
 from gsrl_core.deploy.limits import SafetyLimits
 from gsrl_core.deploy.loop import EpisodeLog, run_episode
-from gsrl_core.deploy.robot import FrankyRobot, _urdf_joint_limits
+from gsrl_core.deploy.robot import wait_at_rest
+from gsrl_core.deploy.smooth import Setpoint
 from gsrl_core.errors import SafetyError, WorkerError
 
 # The emulator shares two busy cores with everything else here.
-LIMITS = SafetyLimits(max_state_age=1.0, max_tracking_error=0.1)
+LIMITS = SafetyLimits(max_state_age=1.0, max_tracking_error=0.1, stream_timeout=1.0)
+
+
+def always():
+    return True
+
+
+def unchecked(state):
+    pass
 
 
 def test_an_episode_on_the_emulator():
@@ -37,7 +47,8 @@ def test_an_episode_on_the_emulator():
         np.testing.assert_allclose(start.q, START_Q, atol=1e-2)
         assert start.width == pytest.approx(0.08, abs=2e-3)
         log = EpisodeLog()
-        run_episode(robot, client, Envelope(LIMITS, contract, robot.q_range), NoisyCamera(contract), contract, log=log)
+        envelope = Envelope(LIMITS, contract, robot.q_range)
+        run_episode(robot, client, envelope, NoisyCamera(contract), contract, log=log, permit=always)
         end = robot.read()
         assert log.outcome == "completed"
         target = np.array(log.steps[-1]["target"])
@@ -52,24 +63,87 @@ def test_an_episode_on_the_emulator():
         with pytest.raises(SafetyError, match="begin"):
             robot.command(None)
         with pytest.raises(SafetyError, match="outside the joint range"):
-            robot.move_to(np.full(7, 3.0))
-        robot.move_to(START_Q)
+            robot.move_to(np.full(7, 3.0), check=unchecked)
+        robot.move_to(START_Q, check=unchecked)
         np.testing.assert_allclose(robot.read().q, START_Q, atol=0.02)
     with pytest.raises(SafetyError, match="enabled in Desk"):
         FrankyRobot(host, LIMITS, realtime=False)
 
 
+def test_the_move_to_the_start_pose_obeys_monitors_and_dead_man():
+    goal = START_Q + np.array([0.5, 0, 0, 0, 0, 0, 0])
+    seen = []
+
+    def check(state):
+        seen.append(state.q[0])
+        if state.q[0] > 0.05:
+            raise SafetyError("released")
+
+    with running_emulator(START_Q) as host, FrankyRobot(host, LIMITS, realtime=False) as robot:
+        with pytest.raises(SafetyError, match="refused at once"):
+            robot.move_to(goal, check=refuse)
+        assert robot.read().q[0] == pytest.approx(0.0, abs=1e-3)
+        with pytest.raises(SafetyError, match="released"):
+            robot.move_to(goal, check=check)
+        stood = wait_at_rest(robot.read).q[0]
+        assert 0.05 < stood < 0.3
+        # The arm is free for the next motion.
+        robot.move_to(START_Q, check=unchecked)
+
+
+def refuse(state):
+    raise SafetyError("refused at once")
+
+
+def test_a_stream_that_ends_stops_the_arm_by_itself():
+    limits = LIMITS.model_copy(update={"stream_timeout": 0.2})
+    with running_emulator(START_Q) as host, FrankyRobot(host, limits, realtime=False) as robot:
+        wait_at_rest(robot.read)
+        robot.begin()
+        pose = robot.read().base_from_tcp
+        setpoint = Setpoint.at_rest(pose)
+        for _ in range(20):
+            robot.command(setpoint)
+            time.sleep(0.01)
+        assert robot.read().success_rate is not None
+        deadline = time.monotonic() + 3.0
+        while robot._robot.is_in_control and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not robot._robot.is_in_control
+        with pytest.raises(SafetyError, match="stream watchdog stopped the arm"):
+            robot.command(setpoint)
+        robot.stop()
+
+
+def test_errors_of_franky_name_robot_and_action(monkeypatch):
+    import franky
+
+    def refuse_tracker(*_, **__):
+        raise franky.CommandException("libfranka: command rejected")
+
+    with running_emulator(START_Q) as host:
+        robot = FrankyRobot(host, LIMITS, realtime=False)
+        monkeypatch.setattr(franky, "CartesianImpedanceTracker", refuse_tracker)
+        with pytest.raises(SafetyError, match=rf"robot {host}: refused to follow .*command rejected"):
+            robot.begin()
+        # What goes wrong on leaving is a note of the reason to leave.
+        monkeypatch.setattr(robot, "stop", lambda: refuse(None))
+        with pytest.raises(ValueError, match="the reason") as raised, robot:
+            raise ValueError("the reason")
+        assert raised.value.__notes__ == ["while closing: refused at once"]
+
+
 def test_leaving_while_the_hand_is_busy_does_not_crash():
     # In a process of its own: the failure would be a segmentation fault, seen once the hand is freed under its thread.
     code = (
-        "import sys, gc\n"
+        "import gc, time\n"
         "from gsrl_core.deploy.emulator import running_emulator\n"
         "from gsrl_core.deploy.limits import SafetyLimits\n"
-        "from gsrl_core.deploy.robot import FrankyRobot\n"
+        "from gsrl_core.deploy.franky_robot import FrankyRobot\n"
         "with running_emulator([0, 0.259, 0, -2.289, 0, 2.515, 0.7855], 0.08) as host:\n"
         "    for _ in range(2):\n"
         "        with FrankyRobot(host, SafetyLimits(), realtime=False) as robot:\n"
-        "            robot.grip(0.0)\n"
+        "            robot.grip(0.0); time.sleep(0.3)\n"
         "        del robot; gc.collect()\n"
         "    robot = FrankyRobot(host, SafetyLimits(), realtime=False)\n"
         "    robot.grip(0.08)\n"

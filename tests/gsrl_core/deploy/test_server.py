@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from gsrl_core.deploy import wire
 from gsrl_core.deploy.client import PolicyClient
-from gsrl_core.deploy.server import PolicyServer
+from gsrl_core.deploy.server import PolicyServer, is_loopback, parse_address
 from gsrl_core.deploy.service import PolicyService
 from gsrl_core.errors import PackageError, WorkerError
 
@@ -143,6 +143,9 @@ def test_the_client_gives_up_on_a_server_that_does_not_answer():
         with pytest.raises(WorkerError, match=r"no answer within 0\.3 s"):
             client.infer(make_request(contract, prompt="stuck"))
         assert time.perf_counter() - started < 1.0
+        # The late answer to that request must never be read as the answer to this one.
+        with pytest.raises(WorkerError, match="connection lost"):
+            client.infer(make_request(contract))
 
 
 def test_api_key():
@@ -179,8 +182,21 @@ def test_a_server_of_another_contract_is_refused():
             client.check(make_contract(control_hz=5))
         with pytest.raises(PackageError, match="horizon"):
             client.check(make_contract(horizon=5))
+        with pytest.raises(PackageError, match=r"another package \(manifest None, ours 0123\)"):
+            client.check(make_contract(), "0123")
     with pytest.raises(PackageError, match="chunks of"):
         PolicyService(MeanColorPolicy(), make_contract(horizon=5))
+
+
+def test_addresses_are_read():
+    assert parse_address("gpu-box:8000") == ("gpu-box", 8000)
+    for text in ("8000", "gpu-box", ":8000", "gpu-box:0", "gpu-box:x"):
+        with pytest.raises(PackageError, match="HOST:PORT"):
+            parse_address(text)
+    assert is_loopback("127.3.2.1")
+    assert is_loopback("localhost")
+    assert not is_loopback("172.16.0.2")
+    assert not is_loopback("robot.example")
 
 
 OPENPI_CLIENT = """
