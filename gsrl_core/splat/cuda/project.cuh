@@ -39,6 +39,18 @@ __global__ void make_views(Args a) {
     out[15] = 0.f;
 }
 
+// COUNT floats, 16 bytes at a time where rows of that length are so aligned.
+template <int COUNT>
+__device__ __forceinline__ void read(const float* __restrict__ from, float (&to)[COUNT]) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int k = 0; k < COUNT / 4; k++) *(float4*)(to + 4 * k) = __ldg((const float4*)from + k);
+    } else {
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) to[k] = __ldg(from + k);
+    }
+}
+
 // max(0, 0.5 + sum_k h_k basis_k) in direction (x, y, z) of any length; COUNT coefficients.
 template <int COUNT>
 __device__ __forceinline__ float3 color_of(const float* __restrict__ h, float x, float y, float z) {
@@ -70,12 +82,14 @@ __device__ __forceinline__ float3 color_of(const float* __restrict__ h, float x,
         basis[14] = 1.445305721320277f * z * (xx - yy);
         basis[15] = -0.5900435899266435f * x * (xx - 3 * yy);
     }
+    float values[COUNT * 3];
+    read<COUNT * 3>(h, values);
     float3 color = make_float3(0.5f, 0.5f, 0.5f);
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
-        color.x += basis[k] * __ldg(h + 3 * k);
-        color.y += basis[k] * __ldg(h + 3 * k + 1);
-        color.z += basis[k] * __ldg(h + 3 * k + 2);
+        color.x += basis[k] * values[3 * k];
+        color.y += basis[k] * values[3 * k + 1];
+        color.z += basis[k] * values[3 * k + 2];
     }
     return make_float3(fmaxf(color.x, 0.f), fmaxf(color.y, 0.f), fmaxf(color.z, 0.f));
 }

@@ -3,7 +3,11 @@
 
 #include "args.cuh"
 
-constexpr int CAPACITY = 1536;  // entries sorted at a time; longer lists are drawn piece by piece, nearest first
+#ifndef RASTER_BLOCKS
+#define RASTER_BLOCKS 5
+#define RASTER_CAPACITY 1536
+#endif
+constexpr int CAPACITY = RASTER_CAPACITY;  // entries sorted at a time; longer lists are drawn piece by piece, nearest first
 constexpr int BUCKETS = 1024;   // a power of two
 constexpr int STAGED = 3;       // float4 for each staged Gaussian
 constexpr int STEP = 4;         // Gaussians blended at a time
@@ -88,10 +92,11 @@ __device__ __forceinline__ void stage(float4* out, const float4* records, u64 ke
                          __half2float(__ushort_as_half((unsigned short)(b_body & 0xffff))), 0.f);
 }
 
-// Fills up to a whole step. Far away, so that it counts as behind like all that would follow.
+// Fills up to a whole step. Far away, so that it counts as behind like all that would follow (finite: times a weight of
+// zero it must give zero).
 __device__ __forceinline__ void stage_nothing(float4* out) {
     out[0] = out[2] = make_float4(0.f, 0.f, 0.f, 0.f);
-    out[1] = make_float4(0.f, -1e30f, INFINITY, 0.f);
+    out[1] = make_float4(0.f, -1e30f, 1e30f, 0.f);
 }
 
 // Blends s.sorted[0 .. count) into the warp's pixels; no barrier of the block inside.
@@ -316,7 +321,7 @@ __device__ __forceinline__ void draw_tile(const Args& a, Shared& s, u32 item) {
 
 // Blocks take tiles from the queues until none is left, the longest lists first.
 template <int MODE, bool EXTRAS>
-__global__ void __launch_bounds__(THREADS, 5) raster(Args a) {
+__global__ void __launch_bounds__(THREADS, RASTER_BLOCKS) raster(Args a) {
     __shared__ Shared s;
     size_t room = (size_t)a.environments * tile_count(a);
     while (true) {

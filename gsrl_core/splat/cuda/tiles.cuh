@@ -112,30 +112,37 @@ __global__ void __launch_bounds__(THREADS) list_tiles(Args a) {
     __shared__ Ellipse ellipses[WARPS][32];
     int environment = blockIdx.y, tiles = tile_count(a), across = tiles_x(a);
     size_t block = (size_t)environment * a.chunk_count + blockIdx.x;
-    int visible = __ldg(a.visible + block * WARPS + warp_id());
-    if (!__syncthreads_or(visible)) return;
+    int4 few = __ldg((const int4*)(a.visible + block * WARPS)), more = __ldg((const int4*)(a.visible + block * WARPS) + 1);
+    int ends[WARPS] = {few.x, few.y, few.z, few.w, more.x, more.y, more.z, more.w};  // of the runs, among the visible
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) ends[w] += ends[w - 1];
+    int visible = ends[WARPS - 1];
+    if (!visible) return;
     int list = a.mode == LIVE ? __ldg(&a.chunks[a.first_chunk + blockIdx.x].w) : 0;
     size_t first_tile = ((size_t)environment * list_count(a) + list) * tiles;
     u32* bases = a.bases + block * tiles;
     for (int t = threadIdx.x; t < tiles; t += THREADS) tally[t] = WRITE ? a.starts[first_tile + t] + bases[t] : 0;
     __syncthreads();
-    u32 slot = blockIdx.x * CHUNK + warp_id() * RUN;  // within the environment
-    size_t offset = (size_t)environment * a.chunk_count * CHUNK;
-    for (int group = 0; group < visible; group += 32) {
-        int top_row = 0, rows = 0;
+    size_t offset = block * CHUNK;
+    for (int group = 32 * warp_id(); group < visible; group += THREADS) {
+        int top_row = 0, rows = 0, at = group + lane_id();
         Ellipse e = {};
         u64 key = 0;
-        if (group + lane_id() < visible) {
-            size_t at = offset + slot + group + lane_id();
-            float4 r0 = __ldg(a.records + 2 * at);
-            e = ellipse_of(r0, __ldg((const float2*)(a.records + 2 * at + 1)));
+        if (at < visible) {
+            int before = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS - 1; w++)
+                if (at >= ends[w]) before = (w + 1) * RUN - ends[w];
+            at += before;
+            float4 r0 = __ldg(a.records + 2 * (offset + at));
+            e = ellipse_of(r0, __ldg((const float2*)(a.records + 2 * (offset + at) + 1)));
             float top = fmaxf(ceilf(__fadd_rn(__fadd_rn(e.mean_y, -e.half_height), -0.51f)), 0.f);
             float bottom = fminf(floorf(__fadd_rn(__fadd_rn(e.mean_y, e.half_height), -0.49f)), (float)(a.height - 1));
             if (top <= bottom) {
                 top_row = (int)top / TILE;
                 rows = (int)bottom / TILE - top_row + 1;
             }
-            if (WRITE) key = ((u64)__ldg(a.depths + at) << 32) | ((slot + group + lane_id()) << 8);
+            if (WRITE) key = ((u64)__ldg(a.depths + offset + at) << 32) | ((u32)(blockIdx.x * CHUNK + at) << 8);
         }
         if constexpr (WRITE) {
             __shared__ u64 keys[WARPS][32];

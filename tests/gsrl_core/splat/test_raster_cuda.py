@@ -253,7 +253,7 @@ def test_room_for_entries_grows_instead_of_overflowing():
         rasterizer._capacity[key] = 10
     found = rasterizer.render(scene, poses, views)
     assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
-    assert min(rasterizer._capacity.values()) > 1000
+    assert rasterizer._capacity[(library.LIVE, 203, 150)] > 1000 < rasterizer._capacity[(library.OVER_LAYER, 203, 150)]
 
 
 @on_gpu
@@ -275,14 +275,15 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
 @on_gpu
 def test_the_static_picture_follows_scene_and_camera():
     scene, poses, first = make_scene(), make_poses(2), cameras(2)["fixed"]
-    second = Camera(first.world_to_camera.clone(), first.K + 3, first.width, first.height)
+    K = first.K.clone()
+    K[:, :2, 2] += 3
+    second = Camera(first.world_to_camera.clone(), K, first.width, first.height)
     rasterizer = CudaRasterizer()
     a, b = (rasterizer.render(scene, poses, {"c": camera})["c"].rgb for camera in (first, second))
     assert not torch.equal(a, b)
     assert torch.equal(rasterizer.render(scene, poses, {"c": first})["c"].rgb, a)
-    first.K[:, 0, 2] += 3  # changed in place
-    first.K[:, 1, 2] += 3
-    assert psnr(rasterizer.render(scene, poses, {"c": first})["c"].rgb, b) > 35
+    first.K[:, :2, 2] += 3  # changed in place
+    assert torch.equal(rasterizer.render(scene, poses, {"c": first})["c"].rgb, b)
     other = Scene.from_parts(Gaussians.empty(3), {n: (scene.part(n), torch.eye(4)) for n in scene.names})
     assert not torch.equal(rasterizer.render(other, poses, {"c": second})["c"].rgb, b)
 
