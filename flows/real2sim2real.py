@@ -111,7 +111,7 @@ def _stages(run: Session, made: dict[str, Artifact]) -> str | None:
         return blocked
     bench = made["scene"]
     # Before training only the nominal rate is asked for; perturbations are measured on what may be released.
-    nominal = apply_overrides(run.config, {"evaluation.episodes_per_perturbation": 0})
+    nominal = apply_overrides(run.config, {"evaluation.episodes_per_perturbation": 0, "evaluation.real_results": None})
     step(sweep, {"evaluation": "before"}, nominal, scene_artifact=bench, checkpoint=made["start"], label="sweep-before")
     step(finetune, {"checkpoint": "tuned"}, scene_artifact=bench, checkpoint=made["start"])
     step(sweep, {"evaluation": "after"}, scene_artifact=bench, checkpoint=made["tuned"], label="sweep")

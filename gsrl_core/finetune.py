@@ -73,6 +73,8 @@ def finetune(
         if saved:
             team.restore(saved["state"])
             logger.info("resuming after iteration %d", len(history))
+            for step, metrics in enumerate(history, start=1):
+                reporter.metrics(metrics, step)  # the run that this process reports to has not seen them
         with _event_writer(out / "tensorboard", config.tracking.tensorboard, history) as write_events:
             _train(team, config, history, workspace / "checkpoint.pt", fingerprint, reporter, write_events)
         team.save_policy(out)

@@ -247,6 +247,8 @@ class EvaluationConfig(Section):
     videos: int = Field(4, ge=0, le=64)
     """Episodes recorded per cell."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
+    real_results: str | None = Field(None, min_length=1)
+    """JSON file with outcomes on the real robot; the sweep then tells how well simulation predicts them."""
 
 
 class ReleaseConfig(Section):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
 
-from gsrl_core.artifacts import Artifact
+from gsrl_core.artifacts import Artifact, digest_file
 from gsrl_core.errors import GateError
 from gsrl_core.sections import PipelineConfig
 from tasks import options
@@ -28,7 +29,11 @@ SWEEP = Stage(
 def evaluate(config: PipelineConfig, checkpoint: Artifact, scene: Artifact, label: str, parent_run_id: str) -> Result:
     """Success rates of a checkpoint, with intervals, over the same fixed seeds for every checkpoint."""
     inputs = {"checkpoint": checkpoint, "scene": scene}
-    result = run_stage(SWEEP, config, inputs, _evaluate, parent_run_id, label=label)
+    real = config.evaluation.real_results
+    # A path is part of the section; what the file says is not.
+    path = Path(real).expanduser() if real else None
+    identity = {"real results": digest_file(path)} if path and path.is_file() else {}
+    result = run_stage(SWEEP, config, inputs, _evaluate, parent_run_id, label=label, identity=identity)
     artifact = result if isinstance(result, Artifact) else result.data
     create_table_artifact(_rows(artifact), key=f"{label}-table", description=f"Success rates, {label}")
     return result
@@ -52,7 +57,11 @@ def require_success(evaluation: Artifact, minimum: float) -> None:
 def _evaluate(build: Build) -> dict[str, Any]:
     from gsrl_core.evaluate import evaluate as driver
 
-    report = driver(build.inputs["checkpoint"], build.inputs["scene"], build.out, build.config, build.reporter)
+    real = build.config.evaluation.real_results
+    report = driver(
+        build.inputs["checkpoint"], build.inputs["scene"], build.out, build.config, build.reporter,
+        real_results=Path(real).expanduser() if real else None,
+    )  # fmt: skip
     nominal = report.nominal
     low, high = nominal.interval
     return {

@@ -198,13 +198,17 @@ def register(name: str, package: Artifact, parent_run_id: str, metrics: Mapping[
 
 
 def alias(name: str, label: str) -> str | None:
-    """The version that ``label`` points to, or None."""
+    """The version that ``label`` points to, or None. Raises MlflowException when the registry cannot be asked."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(_client().get_model_version_by_alias(name, label).version)
-    except MlflowException:
+        # Not get_model_version_by_alias: for a missing alias its error has the code of any invalid argument.
+        version = _client().get_registered_model(name).aliases.get(label)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
+    return None if version is None else str(version)
 
 
 def set_alias(name: str, label: str, version: str | None) -> None:

@@ -97,16 +97,6 @@ def bootstrap_over_trials(
     return float(low), float(high)
 
 
-def paired_change(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
-    """Episodes gained and lost between two runs on the same seeds, and the exact two-sided McNemar p-value."""
-    from scipy.stats import binomtest
-
-    pairs = list(zip(before, after, strict=True))
-    gained, lost = sum(not b and a for b, a in pairs), sum(b and not a for b, a in pairs)
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return gained, lost, p_value
-
-
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     smaller = (values[None, :] < values[:, None]).sum(1)
     equal = (values[None, :] == values[:, None]).sum(1)

@@ -35,10 +35,11 @@ def ray_finds_toy(monkeypatch):
 
 class Recorder(NullReporter):
     def __init__(self, stop_after=None):
-        self.steps, self.fractions, self.stop_after = [], [], stop_after
+        self.steps, self.values, self.fractions, self.stop_after = [], [], [], stop_after
 
     def metrics(self, values, step):
         self.steps.append(step)
+        self.values.append(dict(values))
         if step == self.stop_after:
             raise KeyboardInterrupt
 
@@ -90,7 +91,9 @@ def test_a_killed_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path):
         run(tmp_path / "killed", Recorder(stop_after=3))  # after the checkpoint of iteration 2
     reporter = Recorder()
     _, resumed, resumed_weights = run(tmp_path / "killed", reporter)
-    assert reporter.steps == [3, 4]
+    assert reporter.steps == [1, 2, 3, 4]  # what the killed process reported went to another MLflow run
+    assert reporter.values == resumed
+    assert reporter.fractions == [0.75, 1.0]
     assert timeless(resumed) == timeless(whole)
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 

@@ -1,3 +1,4 @@
+import math
 import threading
 from dataclasses import replace
 
@@ -99,6 +100,104 @@ def test_one_full_batch_step_is_the_gradient_of_the_written_objective():
     gradient = torch.autograd.grad(objective, list(twin.parameters()))
     expected = torch.cat([g.reshape(-1) for g in gradient]).norm()
     assert norm == pytest.approx(expected.item(), rel=1e-4)
+
+
+def gradients(rollout, **changes):
+    """What the optimizer gets in one step on all samples at the old weights: {"actor": vector, "critic": vector}."""
+    policy, taken = GaussianPolicy(), {}
+    settings = replace(SETTINGS, **{"update_epochs": 1, "global_batch": 10_000, "max_grad_norm": 1e9} | changes)
+    learner = Learner(policy, settings, Alone())
+
+    def step():
+        for name, group in learner.groups.items():
+            taken[name] = torch.cat([parameter.grad.reshape(-1) for parameter in group])
+
+    learner.optimizer.step = step
+    learner.update(rollout)
+    return taken
+
+
+def critic_gradient(rollout, loss):
+    """By autograd, of the mean of ``loss(value, old value, returns)``."""
+    policy = GaussianPolicy()
+    _, returns = advantages_and_returns(rollout)
+    value = policy.evaluate(rollout.chain_rows(torch.arange(rollout.num_samples))).value
+    total = loss(value, rollout.samples(rollout.value), returns).mean()
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(policy.critic.parameters()))])
+
+
+def advantages_and_returns(rollout):
+    grids = generalized_advantages(
+        rollout.reward, rollout.value, rollout.next_value, rollout.terminated, rollout.truncated, rollout.valid,
+        gamma=0.95, gae_lambda=0.95,
+    )  # fmt: skip
+    return [rollout.samples(grid) for grid in grids]
+
+
+@pytest.fixture
+def rollout():
+    return rollout_of(GaussianPolicy(), range(16))
+
+
+def test_max_grad_norm_scales_the_gradient_of_actor_and_critic_together(rollout):
+    free, held = gradients(rollout), gradients(rollout, max_grad_norm=0.01)
+    norm = torch.cat([free["actor"], free["critic"]]).norm()
+    assert norm > 0.01
+    assert torch.cat([held["actor"], held["critic"]]).norm() == pytest.approx(0.01, rel=1e-3)
+    for name in free:
+        torch.testing.assert_close(held[name], free[name] * 0.01 / norm, rtol=1e-3, atol=1e-8)
+
+
+def test_value_coef_weighs_the_critic_alone(rollout):
+    one, three = gradients(rollout), gradients(rollout, value_coef=3.0)
+    torch.testing.assert_close(three["critic"], 3 * one["critic"])
+    torch.testing.assert_close(three["actor"], one["actor"])
+
+
+def test_huber_delta_limits_the_pull_of_an_error(rollout):
+    small = 1e-4
+    expected = critic_gradient(rollout, lambda value, _, returns: small * (value - returns).abs())
+    torch.testing.assert_close(gradients(rollout, huber_delta=small)["critic"], expected, rtol=1e-3, atol=1e-9)
+    wide = critic_gradient(rollout, lambda value, _, returns: 0.5 * (value - returns) ** 2)
+    torch.testing.assert_close(gradients(rollout, huber_delta=10.0)["critic"], wide, rtol=1e-4, atol=1e-8)
+
+
+def test_value_clip_takes_the_gradient_where_the_critic_has_moved_too_far(rollout):
+    # As if V had risen by 1 in half of the episodes since the rollout, and fallen by 1 in the others: limited to 0.5 it
+    # lies half way, and where that is further from the return it counts, a constant.
+    moved = torch.tensor([1.0, -1.0]).repeat(8)
+    rollout = replace(rollout, value=torch.where(rollout.valid, rollout.value - moved, 0.0))
+    counts = []
+
+    def clipped(value, old, returns):
+        limited = (value + old) / 2
+        counts.append((limited - returns).abs() > (value - returns).abs())
+        return torch.where(counts[0], 0.0, 0.5 * (value - returns) ** 2)
+
+    expected = critic_gradient(rollout, clipped)
+    assert counts[0].any() and not counts[0].all()
+    torch.testing.assert_close(gradients(rollout, value_clip=0.5)["critic"], expected, rtol=1e-4, atol=1e-8)
+    free = critic_gradient(rollout, lambda value, _, returns: 0.5 * (value - returns) ** 2)
+    torch.testing.assert_close(gradients(rollout, value_clip=2.0)["critic"], free, rtol=1e-4, atol=1e-8)
+
+
+def test_dual_clip_takes_the_gradient_of_bad_actions_that_became_much_more_likely(rollout):
+    # ρ = 5 for all: where A > 0 the plain clip holds; where A < 0 only the dual clip does (5 > c = 3).
+    rollout = replace(rollout, log_prob=torch.where(rollout.valid, rollout.log_prob - math.log(5.0), 0.0))
+    assert gradients(rollout)["actor"].abs().max() > 1e-3
+    assert not gradients(rollout, dual_clip=3.0)["actor"].any()
+    torch.testing.assert_close(gradients(rollout, dual_clip=6.0)["actor"], gradients(rollout)["actor"])
+
+
+def test_advantages_are_taken_as_they_are_unless_normalised(rollout):
+    policy = GaussianPolicy()
+    raw, _ = advantages_and_returns(rollout)
+    log_prob = policy.evaluate(rollout.chain_rows(torch.arange(rollout.num_samples))).log_prob
+    parameters = policy.trainable_parameters()["actor"]
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad((-raw * log_prob).mean(), parameters)])
+    plain = gradients(rollout, normalize_advantages=False)["actor"]
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(plain, gradients(rollout)["actor"], rtol=1e-2)
 
 
 def test_microbatches_change_nothing_but_memory():

@@ -5,7 +5,6 @@ import pytest
 from gsrl_core.rl.statistics import (
     bootstrap_over_trials,
     mean_maximum_rank_violation,
-    paired_change,
     pearson,
     spearman,
     wilson_interval,
@@ -62,11 +61,3 @@ def test_the_bootstrap_interval_covers_the_estimate_and_narrows_with_trials():
         assert low < pearson([0.2, 0.5, 0.6, 0.9], [0.2, 0.5, 0.6, 0.9]) + 1e-9 and low <= high <= 1 + 1e-12
         widths.append(high - low)
     assert widths[1] < widths[0] / 3
-
-
-def test_paired_change_counts_discordant_episodes():
-    before, after = [False] * 8 + [True] * 4, [True] * 7 + [False] + [True] * 3 + [False]
-    gained, lost, p_value = paired_change(before, after)
-    # 7 against 1 under a fair coin: 2 * (1 + 8) / 2^8
-    assert (gained, lost) == (7, 1) and p_value == pytest.approx(18 / 256)
-    assert paired_change([True], [True]) == (0, 0, 1.0)
