@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsrl_core.splat.constants import TILE_SIZE
+from gsrl_core.splat.jit import kernel, vectorized_inlined
 from gsrl_core.splat.kernels_numba import (
     BLUE,
     BODY,
@@ -22,7 +23,6 @@ from gsrl_core.splat.kernels_numba import (
     SIGMA_MAX,
     Doubles,
     Floats,
-    kernel,
     project,
 )
 from gsrl_core.splat.lists_numba import Ints, Longs, depth_order, tile_lists
@@ -55,7 +55,6 @@ from gsrl_core.splat.tiles_numba import (
     gather,
     new_tile,
     pixel_index,
-    vectorized_inlined,
 )
 
 Bytes = NDArray[np.uint8]

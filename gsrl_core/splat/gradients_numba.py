@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsrl_core.splat.harmonics import C1, C2, C3
+from gsrl_core.splat.jit import inlined, kernel
 from gsrl_core.splat.kernels_numba import (
     GRADIENT_WIDTH,
     RED,
@@ -15,8 +16,6 @@ from gsrl_core.splat.kernels_numba import (
     Floats,
     camera_center,
     direction_basis,
-    inlined,
-    kernel,
     rotation,
     screen_covariance,
     screen_rows,

@@ -10,15 +10,13 @@ conditioned); storage is float32. Formulas and names follow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from gsrl_core.splat.constants import ALPHA_MIN, EPS2D, FAR_PLANE, FRUSTUM_MARGIN, NEAR_PLANE
 from gsrl_core.splat.harmonics import C0, C1, C2, C3
+from gsrl_core.splat.jit import inlined, kernel
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -38,12 +36,6 @@ BODY = 13
 GRADIENT_WIDTH = 12
 """float32 values per (Gaussian, tile): the gradient of mean x and y, their absolute sums, a, b, c, opacity, red, green,
 blue, depth."""
-
-Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-kernel: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy")
-# A call with array arguments pushes seven words for each; in a loop over Gaussians that costs more than the arithmetic.
-inlined: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 
 
 @kernel

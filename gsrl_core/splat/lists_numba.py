@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gsrl_core.splat.constants import TILE_SIZE
+from gsrl_core.splat.jit import inlined, kernel
 from gsrl_core.splat.kernels_numba import (
     CROSS_B,
     EXTENT_X,
@@ -18,8 +19,6 @@ from gsrl_core.splat.kernels_numba import (
     MEAN_Y,
     SIGMA_MAX,
     Floats,
-    inlined,
-    kernel,
 )
 
 Ints = NDArray[np.int32]

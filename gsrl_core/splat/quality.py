@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from gsrl_core.errors import SceneError
+from gsrl_core.splat.jit import vectorized, vectorized_inlined
 from gsrl_core.splat.kernels_numba import Floats
 from gsrl_core.splat.parallel import run_chunks
 
@@ -107,13 +107,7 @@ def _loss_and_gradient(x: Floats, y: Floats, ssim_weight: float) -> tuple[float,
     return float(value), gradient.reshape(height, width, channels)
 
 
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-# Loops do one thing each: the compiler turns such loops, and only such, into vector code.
-_banded = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-_inlined = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, forceinline=True)
-
-
-@_inlined
+@vectorized_inlined
 def _across(a: Floats, v: int, u: int) -> np.float32:
     """The window's row applied at (v, u); pixels are three values apart."""
     outer = W5 * (a[v, u] + a[v, u + 30]) + W4 * (a[v, u + 3] + a[v, u + 27]) + W3 * (a[v, u + 6] + a[v, u + 24])
@@ -121,7 +115,7 @@ def _across(a: Floats, v: int, u: int) -> np.float32:
     return outer + inner
 
 
-@_inlined
+@vectorized_inlined
 def _down(a: Floats, m: int, v: int, u: int) -> np.float32:
     """The window's column applied to map ``m`` with its first row at ``v``."""
     outer = W5 * (a[m, v, u] + a[m, v + 10, u]) + W4 * (a[m, v + 1, u] + a[m, v + 9, u])
@@ -129,7 +123,7 @@ def _down(a: Floats, m: int, v: int, u: int) -> np.float32:
     return outer + middle + W1 * (a[m, v + 4, u] + a[m, v + 6, u]) + W0 * a[m, v + 5, u]
 
 
-@_banded
+@vectorized
 def _similarity_row(v: int, r: int, rows: Floats, filtered: Floats, slopes: Floats) -> np.float32:
     """Sum of SSIM over the windows centred in row ``v``, whose first row of ``rows`` is ``r``; sets their slopes."""
     count = filtered.shape[1]
@@ -157,7 +151,7 @@ def _similarity_row(v: int, r: int, rows: Floats, filtered: Floats, slopes: Floa
     return total
 
 
-@_banded
+@vectorized
 def _ssim_band(start: int, stop: int, x: Floats, y: Floats, slopes: Floats, similarity: np.ndarray) -> None:
     """SSIM summed over each row's windows; slopes [3, h, 3 w] by the filtered x, x^2 and x y, 0 at the border."""
     height, columns = x.shape
@@ -186,7 +180,7 @@ def _ssim_band(start: int, stop: int, x: Floats, y: Floats, slopes: Floats, simi
         similarity[v] = _similarity_row(v, v - first, rows, filtered, slopes)
 
 
-@_banded
+@vectorized
 def _loss_band(
     start: int,
     stop: int,

@@ -371,4 +371,3 @@ def _aligned(size: int) -> int:
 def _address(tensor: Tensor, index: int) -> int:
     """Of ``tensor[index]``; the tensor is contiguous."""
     return tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size()
-

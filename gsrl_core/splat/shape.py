@@ -10,7 +10,7 @@ NEEDLE_RANK = 1.02
 
 
 def effective_rank(log_scales: Tensor) -> Tensor:
-    """exp of the entropy of the normalised squared scales: 1 for a needle, 2 for a disc, 3 for a ball.
+    """Exp of the entropy of the normalised squared scales: 1 for a needle, 2 for a disc, 3 for a ball.
 
     Args:
         log_scales: [N, 3], natural logarithm of the standard deviations.

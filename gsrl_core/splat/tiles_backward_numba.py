@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gsrl_core.splat.constants import TILE_SIZE
+from gsrl_core.splat.jit import kernel, vectorized_inlined
 from gsrl_core.splat.kernels_numba import (
     BLUE,
     CROSS_B,
@@ -20,7 +21,6 @@ from gsrl_core.splat.kernels_numba import (
     RED,
     SIGMA_MAX,
     Floats,
-    kernel,
 )
 from gsrl_core.splat.lists_numba import Ints, Longs
 from gsrl_core.splat.tiles_numba import (
@@ -49,7 +49,6 @@ from gsrl_core.splat.tiles_numba import (
     gather,
     new_tile,
     pixel_index,
-    vectorized_inlined,
 )
 
 # Buffers of the forward pass that mean something else here.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from gsrl_core.splat.constants import ALPHA_MAX, TILE_SIZE, TRANSMITTANCE_MIN
+from gsrl_core.splat.jit import inlined, kernel, vectorized, vectorized_inlined
 from gsrl_core.splat.kernels_numba import (
     BLUE,
     CROSS_B,
@@ -28,10 +28,7 @@ from gsrl_core.splat.kernels_numba import (
     RECORD_WIDTH,
     RED,
     SIGMA_MAX,
-    Compiler,
     Floats,
-    inlined,
-    kernel,
 )
 from gsrl_core.splat.lists_numba import Ints, Longs
 
@@ -59,11 +56,6 @@ F_HALF, F_EIGHTH, F_FLOOR = np.float32(0.5), np.float32(0.125), np.float32(-5.6)
 # which is all that is needed: alpha >= ALPHA_MIN means x >= -ln 255 = -5.54.
 E0, E1, E2 = np.float32(0.99999994), np.float32(0.99999399), np.float32(0.4998985)
 E3, E4, E5 = np.float32(0.16603589), np.float32(0.03987158), np.float32(0.00590244)
-
-# No "nnan"/"ninf": a non-finite colour must stay visible in the picture.
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-vectorized: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-vectorized_inlined: Compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, forceinline=True)
 
 
 @kernel
