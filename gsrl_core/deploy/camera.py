@@ -186,7 +186,9 @@ class VideoCamera:
         with self._lock:
             self._lock.wait_for(lambda: self._newest is not None or self._problem is not None, seconds)
             if self._problem is not None:
-                raise SafetyError(f"camera {self._device}: {self._problem}; check device and cable")
+                raise SafetyError(
+                    f"camera {self._device}: {self._problem}; check device and cable, or dry-run with --camera scene"
+                )
             if self._newest is None:
                 raise SafetyError(f"camera {self._device}: got no picture within {seconds:g} s; check device and mode")
             age = time.monotonic() - self._newest[1]
