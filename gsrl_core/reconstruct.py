@@ -285,6 +285,10 @@ def gates(quality: Mapping[str, Any], thresholds: QualityConfig) -> list[dict[st
             else "the scale is unknown; put ArUco tags on the bench and give capture.marker_size or markers.json",
         ),
         gate(
+            "tags", scale["tags"], thresholds.min_tags, lambda value: value >= thresholds.min_tags,
+            "spread more tags over the bench, flat, each seen in several photos, and name them in markers.json",
+        ),
+        gate(
             "frame", scale["frame"], "robot_base", lambda value: value == "robot_base",
             "the robot base is not located; give the corners of the tags in the base frame in markers.json",
         ),

@@ -76,6 +76,8 @@ class QualityConfig(Section):
     """Mean PSNR of the held-out photos [dB]."""
     max_scale_residual_mm: float = Field(5.0, gt=0)
     """Residual of the tag corners after metric alignment [mm]."""
+    min_tags: int = Field(3, ge=1)
+    """Tags that agree with each other: the corners of one alone always fit, and its tilt is half a degree off."""
     min_registered: float = Field(0.8, gt=0, le=1)
     """Share of the photos that could be placed."""
 

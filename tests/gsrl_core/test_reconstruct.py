@@ -225,11 +225,12 @@ GOOD = {"registered": 20, "total": 20, "scale": SCALE, "psnr": 24.0}
         ({"registered": 15}, ["registered_fraction"], "5 of 20"),
         ({"scale": {**SCALE, "residual_mm": 7.0}}, ["scale_residual_mm"], "disagree"),
         (
-            {"scale": {**SCALE, "residual_mm": None, "frame": "scan"}},
-            ["scale_residual_mm", "frame"],
+            {"scale": {**SCALE, "residual_mm": None, "tags": 0, "frame": "scan"}},
+            ["scale_residual_mm", "tags", "frame"],
             "scale is unknown",
         ),
         ({"scale": {**SCALE, "frame": "table"}}, ["frame"], "base frame"),
+        ({"scale": {**SCALE, "tags": 1}}, ["tags"], "spread more tags"),
     ],
 )
 def test_gates(changed, failed, advice):
@@ -244,6 +245,7 @@ def test_gates(changed, failed, advice):
     [
         ({"min_psnr": 25}, "psnr"),
         ({"max_scale_residual_mm": 0.3}, "scale_residual_mm"),
+        ({"min_tags": 4}, "tags"),
         ({"min_registered": 1}, "registered_fraction"),
     ],
 )
