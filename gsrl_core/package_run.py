@@ -128,7 +128,7 @@ def deploy_package(
     manifest = check_manifest(bundle)
     contract, limits = Contract.load(bundle / "contract.json"), SafetyLimits.load(bundle / "safety.yaml")
     permit = _checked_permit(permit, robot_host, dry_run)
-    camera, source = _opened_camera(camera, calibration, contract, harmless=dry_run or is_loopback(robot_host))
+    opened, source = _opened_camera(camera, calibration, contract, harmless=dry_run or is_loopback(robot_host))
     log = EpisodeLog()
     try:
         with _server(bundle, server) as (host, port):
@@ -139,7 +139,7 @@ def deploy_package(
             ):
                 client.check(contract, manifest)
                 check_tcp(contract, robot.flange_from_tcp)
-                eye = _scene_camera(bundle, contract, robot) if camera is None else camera
+                eye = _scene_camera(bundle, contract, robot) if opened is None else opened
                 check_camera(contract, eye.calibration)
                 envelope = Envelope(limits, contract, robot.q_range)
                 if not dry_run:
@@ -153,8 +153,8 @@ def deploy_package(
         if log_path is not None:
             values = {"summary": log.summary(), "calibration": source, "steps": log.steps}
             log_path.write_text(json.dumps(values, indent=1) + "\n")
-        if isinstance(camera, VideoCamera):
-            camera.close()
+        if isinstance(opened, VideoCamera):
+            opened.close()
     return log.summary() | {"calibration": source}
 
 
