@@ -21,7 +21,7 @@ from gsrl_core.interfaces import Reporter
 from gsrl_core.policy.card import model_card
 from gsrl_core.policy.checkpoint import load_network, load_tokenizer, read_config, read_norm_stats, write_checkpoint
 from gsrl_core.policy.config import preset
-from gsrl_core.policy.demonstrations import Demonstrations, load_demonstrations
+from gsrl_core.policy.demonstrations import Demonstrations, load_demonstrations, split_rows
 from gsrl_core.policy.files import save_state
 from gsrl_core.policy.flow import flow_matching_target, sample_training_time
 from gsrl_core.policy.frames import FrameSet, augment
@@ -33,8 +33,6 @@ from gsrl_core.sections import SftConfig
 logger = logging.getLogger(__name__)
 
 TINY_TOKENIZER = Path(__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
-HELD_OUT_EVERY = 20
-"""Every n-th episode measures the loss and is not trained on."""
 LOG_EVERY = 100
 MAX_GRAD_NORM = 1.0
 FINAL_LEARNING_RATE = 0.1
@@ -92,7 +90,7 @@ def train_sft(
         Normalizer(stats, parts.network.config.normalization) for stats in (parts.state_stats, parts.action_stats)
     )
     frames = FrameSet.build(demonstrations, parts.network.config, parts.tokenizer, normalizers, device)
-    trainer = _Trainer(parts.network, frames, _split(demonstrations), config, workspace, reporter, inputs)
+    trainer = _Trainer(parts.network, frames, split_rows(demonstrations), config, workspace, reporter, inputs)
     facts = trainer.run() | {"frames": len(frames), "episodes": len(demonstrations.episodes())}
     parts.network = trainer.average
     _write(out, parts, facts, config, command, inputs["demos"])
@@ -282,16 +280,6 @@ def _start(
         parts = _Parts(network.to(device), tokenizer, *stats, {})
     parts.network.compute_dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     return parts
-
-
-def _split(demonstrations: Demonstrations) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to measure on: none of a handful of episodes, which is too few to hold any out."""
-    rows = torch.arange(len(demonstrations))
-    episodes = demonstrations.episodes()
-    held_out = torch.zeros(len(rows), dtype=torch.bool)
-    for episode in episodes[::HELD_OUT_EVERY] if len(episodes) >= HELD_OUT_EVERY else ():
-        held_out[episode] = True
-    return rows[~held_out], rows[held_out]
 
 
 def _write(out: Path, parts: _Parts, facts: dict[str, Any], config: SftConfig, command: str, digest: str) -> None:

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from gsrl_core.errors import TrainingError
 
+HELD_OUT_EVERY = 20
+"""Every n-th episode measures the loss and is not trained on."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -135,6 +138,16 @@ def load_demonstrations(folder: Path) -> Demonstrations:
         *(torch.from_numpy(np.concatenate(parts)) for parts in (state, action, seed)),
         instructions,
     )
+
+
+def split_rows(demonstrations: Demonstrations) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to measure on, int64 each: none of a handful of episodes, too few to hold any out."""
+    rows = torch.arange(len(demonstrations))
+    episodes = demonstrations.episodes()
+    held_out = torch.zeros(len(rows), dtype=torch.bool)
+    for episode in episodes[::HELD_OUT_EVERY] if len(episodes) >= HELD_OUT_EVERY else ():
+        held_out[episode] = True
+    return rows[~held_out], rows[held_out]
 
 
 def action_chunks(action: Tensor, episodes: Sequence[slice], horizon: int) -> Tensor:

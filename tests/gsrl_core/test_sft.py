@@ -231,7 +231,7 @@ def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):
     frames = sft_module.FrameSet.build(demonstrations, TINY, parts.tokenizer, normalizers, "cpu")
     images = {slot: image.to("meta") for slot, image in frames.images.items()}
     frames = dataclasses.replace(frames, images=images)
-    split = sft_module._split(demonstrations)
+    split = sft_module.split_rows(demonstrations)
     trainer = sft_module._Trainer(
         parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter(), {}
     )
