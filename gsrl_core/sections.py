@@ -172,6 +172,8 @@ class SftConfig(Section):
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(2.5e-5, gt=0)
     warmup_steps: int = Field(1000, ge=0)
+    decay_steps: int | None = Field(None, ge=1)
+    """Step at which the cosine of the learning rate ends; none: with the last step. A run may be shorter than it."""
     weight_decay: float = Field(1e-10, ge=0)
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """The weights that are kept are this moving average of those that are trained."""

@@ -253,10 +253,11 @@ class _Trainer:
 
 
 def learning_rate(step: int, config: SftConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to a tenth of it at the last step."""
+    """Linear warm-up, then a cosine from the peak to a tenth of it at ``decay_steps`` (the last step if not given)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    end = config.steps if config.decay_steps is None else config.decay_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.learning_rate * (FINAL_LEARNING_RATE + (1.0 - FINAL_LEARNING_RATE) * cosine)
 

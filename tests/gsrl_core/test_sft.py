@@ -194,6 +194,11 @@ def test_learning_rate_schedule():
     assert learning_rate(110, config) == pytest.approx(0.1)
     rates = [learning_rate(step, config) for step in range(10, 111)]
     assert rates == sorted(rates, reverse=True)
+    short = SftConfig(steps=20, decay_steps=110, warmup_steps=10, learning_rate=1.0)
+    assert [learning_rate(step, short) for step in (15, 60, 200)] == [
+        *(learning_rate(s, config) for s in (15, 60)),
+        0.1,
+    ]
 
 
 def test_model_card_tells_command_and_settings(demos, tmp_path):
