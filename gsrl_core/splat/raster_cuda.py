@@ -49,14 +49,14 @@ class Plan:
     """First and number."""
     environments: int
     """In one pass."""
-    capacity: int
-    """Entries of all tiles' lists that one pass has room for."""
+    room: int
+    """Entries of all tiles' lists that there is room for in each environment."""
     state: Tensor
-    """int32 [passes, STATE]; the first two are the number of entries, as int64."""
+    """int32 [passes, STATE]; the first is the most entries that an environment had."""
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """What the number of entries depends on, roughly."""
+        """What the room is kept for."""
         return self.mode, self.camera.width, self.camera.height
 
 
@@ -93,7 +93,7 @@ class CudaRasterizer:
         self._source: Scene | None = None
         self._packed: Packed | None = None
         self._layers: dict[str, tuple[_Seen, Layer]] = {}
-        self._capacity: dict[tuple[int, int, int], int] = {}
+        self._room: dict[tuple[int, int, int], int] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     @torch.no_grad()
@@ -141,15 +141,14 @@ class CudaRasterizer:
                     self._pass(plan, poses, start, min(plan.environments, len(poses) - start), number)
 
     def grow(self, plans: Mapping[str, Plan]) -> bool:
-        """Whether any drawn pass had more entries than room; makes the room larger for the next plan. Synchronises."""
+        """Whether any environment had more entries than room; the next plan gets more. Synchronises."""
         active = [plan for plan in plans.values() if len(plan.state)]
         if not active:
             return False
-        totals = torch.cat([plan.state[:, :2].view(torch.int64).amax(0) for plan in active]).tolist()
-        short = [(plan, total) for plan, total in zip(active, totals, strict=True) if total > plan.capacity]
+        totals = torch.cat([plan.state[:, :1].amax(0) for plan in active]).tolist()
+        short = [(plan, total) for plan, total in zip(active, totals, strict=True) if total > plan.room]
         for plan, total in short:
-            each = -(-total // plan.environments)
-            self._capacity[plan.key] = max(self._capacity.get(plan.key, 0), int(each * GROWTH) + 1)
+            self._room[plan.key] = max(self._room.get(plan.key, 0), int(total * GROWTH) + 1)
         return bool(short)
 
     def _load(self, scene: Scene) -> Packed:
@@ -157,7 +156,7 @@ class CudaRasterizer:
             self._packed = pack(scene, self.device)
             self._source = scene
             self._layers.clear()
-            self._capacity.clear()
+            self._room.clear()
         return self._packed
 
     def _on_device(self, camera: Camera) -> Camera:
@@ -184,7 +183,7 @@ class CudaRasterizer:
     ) -> Plan:
         assert self._packed is not None
         # A first guess; the true number is checked after every draw.
-        room = self._capacity.setdefault((mode, camera.width, camera.height), chunks[1] * CHUNK + 4096)
+        room = self._room.setdefault((mode, camera.width, camera.height), chunks[1] * CHUNK + 4096)
         sizes = _scratch_sizes(mode, camera, self._packed.bodies, chunks[1], room)
         each = sum(sizes.values())
         together = max(1, min(count, self.environments_per_pass, self.scratch_bytes // each))
@@ -194,7 +193,7 @@ class CudaRasterizer:
         if self._arena.numel() < needed:
             self._arena = torch.empty(needed, dtype=torch.uint8, device=self.device)
         state = torch.zeros(passes, STATE, dtype=torch.int32, device=self.device)
-        return Plan(mode, camera, layer, out, chunks, together, room * together, state)
+        return Plan(mode, camera, layer, out, chunks, together, room, state)
 
     def _pass(self, plan: Plan, poses: Tensor, start: int, count: int, number: int) -> None:
         packed, camera = self._packed, plan.camera
@@ -206,11 +205,12 @@ class CudaRasterizer:
             covariance_b=packed.covariance_b.data_ptr(),
             harmonics=packed.harmonics.data_ptr(),
             chunks=packed.chunks.data_ptr(),
+            runs=packed.runs.data_ptr(),
             poses=_address(poses, start),
             world_to_camera=_address(camera.world_to_camera, start * stride),
             K=_address(camera.K, start * stride),
             state=_address(plan.state, number),
-            capacity=plan.capacity,
+            room=plan.room,
             background=self.background,
             environments=count,
             bodies=packed.bodies,
@@ -232,7 +232,7 @@ class CudaRasterizer:
                 args.depth, args.alpha = _address(plan.out.depth, start), _address(plan.out.alpha, start)
                 args.body = _address(plan.out.body_id, start)
         at = self._arena.data_ptr()
-        sizes = _scratch_sizes(plan.mode, camera, packed.bodies, plan.chunks[1], plan.capacity // plan.environments)
+        sizes = _scratch_sizes(plan.mode, camera, packed.bodies, plan.chunks[1], plan.room)
         for name, size in sizes.items():
             setattr(args, name, at)
             at += _aligned(size * plan.environments)
@@ -353,11 +353,13 @@ def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: in
     lists = 2 if mode == LIVE else 1
     return {
         "keys": 8 * room,
+        "entries": 8 * room,
         "records": 32 * chunks * CHUNK,
         "depths": 4 * chunks * CHUNK,
         "views": 4 * VIEW * (bodies + 2),
         "visible": 4 * chunks * WARPS,
         "counts": 4 * lists * tiles,
+        "found": 4,
         "bases": 4 * chunks * tiles,
         "starts": 4 * lists * tiles,
         "queue": 4 * CLASSES * tiles,

@@ -143,7 +143,10 @@ def wrong_inputs(tmp_path):
             ["run", "--set", f"policy.checkpoint={checkpoint_without_a_key(tmp_path / 'checkpoint')}"],
             "missing",
         ),
-        "unreachable hub": (["run", "--set", "policy.checkpoint=RLinf/nothing-there"], "cannot fetch RLinf/nothing-there"),
+        "unreachable hub": (
+            ["run", "--set", "policy.checkpoint=RLinf/nothing-there"],
+            "cannot fetch RLinf/nothing-there",
+        ),
         "no package": (["verify", "--bundle", tmp_path / "empty"], "MANIFEST.sha256"),
         "no scene": (["view", tmp_path / "empty"], "neither a scene folder"),
         "occupied output": (["package", "--out", tmp_path / "full"], "not an empty folder"),

@@ -16,7 +16,9 @@ constexpr int TILE = 16, WARPS = 8, THREADS = 32 * WARPS;
 // A chunk is what one block projects and lists: neighbouring Gaussians of one body, RUN of them for each warp.
 constexpr int RUN = 128, CHUNK = WARPS * RUN;
 constexpr int VIEW = 16;  // floats of one body's view: 3 x 4 row by row, the eye, one unused
-constexpr int CLASSES = 4;
+constexpr int CLASSES = 4, STATE = 8;
+constexpr int MOST_ENTRIES = 0, QUEUES = 1, TICKET = QUEUES + CLASSES;  // places in Args.state
+constexpr int RANK_BITS = 10;  // of an entry's place among its chunk's entries of a tile: below CHUNK
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LOG2_ALPHA_MIN = -7.994353436858858f;  // log2(1 / 255)
 
@@ -31,6 +33,7 @@ struct Args {
     const float4* covariance_b;   // [N] yz zz log2(opacity) -
     const float* harmonics;       // [N, K, 3]
     const int4* chunks;           // first Gaussian, count, body (M for the static part), list (1: after the static one)
+    const float4* runs;           // [chunks, WARPS, 2] sphere around the run's centres (centre, radius), largest reach
     // The group of environments.
     const float* poses;           // [E, M, 4, 4]
     const float* world_to_camera; // [E or 1, 4, 4]
@@ -49,13 +52,15 @@ struct Args {
     float4* records;              // [E, chunks, CHUNK, 2], each run's visible Gaussians first
     u32* depths;                  // [E, chunks, CHUNK] bits of the depth, which order as the depths do
     int* visible;                 // [E, chunks, WARPS]
-    u32* counts;                  // [E, lists, tiles]
+    u32* counts;                  // [E, lists, tiles] entries of each tile's list
+    u32* found;                   // [E] entries of all of them
+    uint2* entries;               // [E, room]: record and warps of the tile; tile and place among the chunk's entries
     u32* bases;                   // [E, chunks, tiles] where a chunk's entries start in their tile's list
-    u32* starts;                  // [E, lists, tiles]
+    u32* starts;                  // [E, lists, tiles] within the environment's keys
     u32* queue;                   // [CLASSES, E, tiles] tiles to draw, longest first
-    u32* state;                   // [8]: total (64 bit), CLASSES queue lengths, next ticket
-    u64* keys;                    // [capacity]: depth, record, warps of the tile that it touches
-    long long capacity;
+    u32* state;                   // [STATE]: most entries of an environment, CLASSES queue lengths, next ticket
+    u64* keys;                    // [E, room]: depth, record, warps of the tile that it touches
+    long long room;
     float background[3];
     int environments, bodies, camera_stride, layer_stride, width, height;
     int first_chunk, chunk_count, coefficients, mode, extras;
@@ -64,7 +69,7 @@ struct Args {
 struct Lens {
     float fx, fy, cx, cy;
     float low_x, high_x, low_y, high_y;  // x / z and y / z are clamped to these for the Jacobian
-    float reach_x, reach_y;              // pixels at depth 1 that one metre of standard deviation can cover at most
+    float reach_x, reach_y;              // pixels at depth 1 that one metre of reach can cover at most
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }

@@ -15,9 +15,22 @@ OVER_LAYER, STATIC_ONLY, LIVE = 0, 1, 2
 """Bodies over a picture of the static part; that picture itself; both drawn together."""
 
 _POINTERS = (
-    *("mean_reach", "covariance_a", "covariance_b", "harmonics", "chunks", "poses", "world_to_camera", "K"),
+    *("mean_reach", "covariance_a", "covariance_b", "harmonics", "chunks", "runs", "poses", "world_to_camera", "K"),
     *("layer_color", "layer_open", "layer_picture", "rgb", "depth", "alpha", "body"),
-    *("views", "records", "depths", "visible", "counts", "bases", "starts", "queue", "state", "keys"),
+    *(
+        "views",
+        "records",
+        "depths",
+        "visible",
+        "counts",
+        "found",
+        "entries",
+        "bases",
+        "starts",
+        "queue",
+        "state",
+        "keys",
+    ),
 )
 _INTEGERS = (
     *("environments", "bodies", "camera_stride", "layer_stride", "width", "height"),
@@ -30,7 +43,7 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("capacity", ctypes.c_longlong),
+        ("room", ctypes.c_longlong),
         ("background", ctypes.c_float * 3),
         *((name, ctypes.c_int) for name in _INTEGERS),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.rotation import quat_to_matrix
 from gsrl_core.splat.constants import ALPHA_MIN
-from gsrl_core.splat.cuda.library import CHUNK
+from gsrl_core.splat.cuda.library import CHUNK, RUN, WARPS
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene
 
@@ -28,6 +28,8 @@ class Packed:
     harmonics: Tensor
     chunks: Tensor
     """int32 [C, 4]: first Gaussian, count, body (M: static part), 0 for the static part and 1 for bodies."""
+    runs: Tensor
+    """float32 [C, WARPS, 8]: sphere (centre, radius) around what one warp projects, largest reach, padding."""
     static_chunks: int
     """The first this many chunks are the static part's."""
     bodies: int
@@ -57,9 +59,11 @@ def pack(scene: Scene, device: torch.device) -> Packed:
     chunks = _chunks(counts)
     if len(chunks) > MAX_CHUNKS:
         raise SceneError(f"the CUDA renderer draws at most {MAX_CHUNKS * CHUNK} Gaussians; the scene has {len(body)}")
+    arrays, table = _arrays(gaussians), torch.tensor(chunks, dtype=torch.int32, device=device).reshape(-1, 4)
     return Packed(
-        *_arrays(gaussians),
-        chunks=torch.tensor(chunks, dtype=torch.int32, device=device).reshape(-1, 4),
+        *arrays,
+        chunks=table,
+        runs=_runs(arrays[0], table),
         static_chunks=-(-counts[0] // CHUNK),
         bodies=len(scene.names),
         coefficients=gaussians.harmonics.shape[1],
@@ -87,6 +91,24 @@ def _place(means: Tensor, body: Tensor) -> Tensor:
         for axis in range(3):
             code |= (cell[:, axis] >> bit & 1) << (3 * bit + axis)
     return ((body + 1) << 30) + code
+
+
+def _runs(mean_reach: Tensor, chunks: Tensor) -> Tensor:
+    """``Packed.runs`` of Gaussians [N, 4] that lie in ``chunks`` one after another."""
+    counts = chunks[:, 1].long()
+    chunk = torch.repeat_interleave(torch.arange(len(chunks), device=chunks.device), counts)
+    within = torch.arange(len(chunk), device=chunks.device) - chunks[:, 0].long()[chunk]
+    run = chunk * WARPS + within // RUN
+
+    def extreme(values: Tensor, reduce: str) -> Tensor:
+        out = values.new_zeros(len(chunks) * WARPS, values.shape[1])
+        return out.scatter_reduce(0, run[:, None].expand_as(values), values, reduce, include_self=False)
+
+    means, reach = mean_reach[:, :3], mean_reach[:, 3:]
+    center = (extreme(means, "amin") + extreme(means, "amax")) / 2
+    radius = extreme((means - center[run]).norm(dim=1, keepdim=True), "amax") * 1.0001 + 1e-5
+    padding = center.new_zeros(len(center), 3)
+    return torch.cat([center, radius, extreme(reach, "amax"), padding], dim=1).reshape(-1, WARPS, 8).contiguous()
 
 
 def _arrays(gaussians: Gaussians) -> tuple[Tensor, Tensor, Tensor, Tensor]:

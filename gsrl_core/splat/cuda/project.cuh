@@ -141,6 +141,20 @@ __device__ __forceinline__ float pack_halves(float low, float high) {
                            ((u32)__half_as_ushort(__float2half_rn(high)) << 16));
 }
 
+// Whether no Gaussian of a run can pass the first test of project_one: its sphere lies behind the camera or beyond one
+// of the planes through the eye and an edge of the (enlarged) picture.
+__device__ __forceinline__ bool outside(const Args& a, const float* view, const Lens& lens, float4 sphere, float reach) {
+    float x = view[0] * sphere.x + view[1] * sphere.y + view[2] * sphere.z + view[3];
+    float y = view[4] * sphere.x + view[5] * sphere.y + view[6] * sphere.z + view[7];
+    float z = view[8] * sphere.x + view[9] * sphere.y + view[10] * sphere.z + view[11];
+    float left = lens.cx + 2.f, right = a.width - lens.cx + 2.f, top = lens.cy + 2.f, bottom = a.height - lens.cy + 2.f;
+    float across = lens.reach_x * reach, down = lens.reach_y * reach, r = sphere.w;
+    return z + r < NEAR_PLANE || lens.fx * x + left * z + across + r * hypotf(lens.fx, left) < 0.f ||
+           -lens.fx * x + right * z + across + r * hypotf(lens.fx, right) < 0.f ||
+           lens.fy * y + top * z + down + r * hypotf(lens.fy, top) < 0.f ||
+           -lens.fy * y + bottom * z + down + r * hypotf(lens.fy, bottom) < 0.f;
+}
+
 // One block for each chunk and environment; each warp writes its run's visible Gaussians without gaps, in order.
 template <int COUNT>
 __global__ void __launch_bounds__(THREADS) project(Args a) {
@@ -155,6 +169,11 @@ __global__ void __launch_bounds__(THREADS) project(Args a) {
     for (int i = 0; i < 10; i++) ((float*)&lens)[i] = __ldg(base + (a.bodies + 1) * VIEW + i);
     size_t block = (size_t)environment * a.chunk_count + blockIdx.x, slot = block * CHUNK + run;
     int found = 0;
+    const float4* sphere = a.runs + ((size_t)(a.first_chunk + blockIdx.x) * WARPS + warp_id()) * 2;
+    if (outside(a, view, lens, __ldg(sphere), __ldg(sphere + 1).x)) {
+        if (lane_id() == 0) a.visible[block * WARPS + warp_id()] = 0;
+        return;
+    }
     for (int i = run + lane_id(); i < run + RUN; i += 32) {
         Footprint f;
         float4 mean;

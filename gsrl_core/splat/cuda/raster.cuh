@@ -18,12 +18,22 @@ struct Shared {
         float4 staged[WARPS][32 * STAGED];
     };
     u64 sorted[CAPACITY];
-    u32 ends[BUCKETS];
+    alignas(16) u32 ends[BUCKETS];
     u64 waiting[WARPS][64];
     u32 scratch[WARPS];
-    u32 nearest, farthest, ticket;
+    u32 nearest, farthest, item;
+    // What is not needed while blending is kept here meanwhile, not in registers.
+    const u64* list;
+    u32 count;
+    u64 next, last;
 };
 static_assert(sizeof(float4) * WARPS * 32 * STAGED <= sizeof(u64) * CAPACITY, "staging must fit");
+
+// Reads shared memory here and not earlier.
+template <class T>
+__device__ __forceinline__ T reload(const T& value) {
+    return *(const volatile T*)&value;
+}
 
 // What is drawn: the static part, or bodies over it.
 enum Kind { STATIC_PART, BODIES };
@@ -82,7 +92,7 @@ __device__ __forceinline__ void blend_step(const float4* staged, Pixel& p) {
 __device__ __forceinline__ void stage(float4* out, const float4* records, u64 key) {
     u32 at = (u32)key >> 8;
     float4 r0 = __ldg(records + 2 * at), r1 = __ldg(records + 2 * at + 1);
-    float scale = 0.5f * LOG2E / difference_of_products(r0.z, r1.x, r0.w, r0.w);
+    float scale = __fdividef(0.5f * LOG2E, difference_of_products(r0.z, r1.x, r0.w, r0.w));
     u32 rg = __float_as_uint(r1.z), b_body = __float_as_uint(r1.w);
     __half2 colors = *(__half2*)&rg;
     out[0] = make_float4(r0.x, r0.y, r1.x * scale, -2.f * r0.w * scale);
@@ -151,11 +161,11 @@ __device__ __forceinline__ void sort_buckets(Shared& s, u32 count, u64 lo, int s
 // Exclusive sums of s.ends, in place. If they exceed CAPACITY, only the leading buckets that fit are kept.
 // Returns how many buckets and entries those are. All threads get the same answer.
 __device__ __forceinline__ uint2 sum_buckets(Shared& s) {
-    constexpr int EACH = BUCKETS / THREADS;
-    u32 counts[EACH], own = 0;
-#pragma unroll
-    for (int k = 0; k < EACH; k++) own += counts[k] = s.ends[threadIdx.x * EACH + k];
-    u32 sum = own;
+    constexpr int EACH = 4;
+    static_assert(EACH * THREADS == BUCKETS, "each thread sums four buckets");
+    uint4 read = ((const uint4*)s.ends)[threadIdx.x];
+    u32 counts[EACH] = {read.x, read.y, read.z, read.w}, starts[EACH];
+    u32 own = read.x + read.y + read.z + read.w, sum = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         u32 other = __shfl_up_sync(~0u, sum, step);
@@ -172,10 +182,11 @@ __device__ __forceinline__ uint2 sum_buckets(Shared& s) {
     int fitting = 0;
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-        s.ends[threadIdx.x * EACH + k] = running;
+        starts[k] = running;
         running += counts[k];
         fitting += running <= CAPACITY;
     }
+    ((uint4*)s.ends)[threadIdx.x] = make_uint4(starts[0], starts[1], starts[2], starts[3]);
     u32 buckets = BUCKETS;
     if (total > CAPACITY) {
         buckets = 0;
@@ -193,7 +204,7 @@ __device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count,
     if (!count) return;
     float nearest_surface = 0.f;
     if (KIND == BODIES) nearest_surface = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(p.surface)));
-    if (threadIdx.x == 0) s.nearest = ~0u, s.farthest = 0;
+    if (threadIdx.x == 0) s.nearest = ~0u, s.farthest = 0, s.list = list, s.count = count;
     __syncthreads();
     u32 nearest = ~0u, farthest = 0;
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
@@ -206,7 +217,7 @@ __device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count,
     u64 lo = (u64)s.nearest << 32, last = (u64)s.farthest << 32 | 0xffffffffu, hi = last;
     while (true) {  // entries with lo <= key <= hi, cut into equal buckets
         int shift = max(0, 64 - __clzll(hi - lo) - 10);
-        for (int b = threadIdx.x; b < BUCKETS; b += THREADS) s.ends[b] = 0;
+        ((uint4*)s.ends)[threadIdx.x] = make_uint4(0, 0, 0, 0);
         __syncthreads();
         for (u32 i = threadIdx.x; i < count; i += THREADS) {
             u64 key = __ldg(list + i);
@@ -223,12 +234,14 @@ __device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count,
             u64 key = __ldg(list + i);
             if (key >= lo && key < end) s.bucketed[atomicAdd(&s.ends[(key - lo) >> shift], 1u)] = key;
         }
+        bool more = end <= last;
+        if (more && threadIdx.x == 0) s.next = end, s.last = last;
         __syncthreads();
         sort_buckets(s, fitting.y, lo, shift);
         __syncthreads();
         blend_sorted<KIND, EXTRAS>(s, fitting.y, records, nearest_surface, p);
-        if (end > last || !__syncthreads_or(p.alive)) return;
-        lo = end, hi = last;
+        if (!more || !__syncthreads_or(p.alive)) return;
+        lo = reload(s.next), last = hi = reload(s.last), list = reload(s.list), count = reload(s.count);
     }
 }
 
@@ -262,80 +275,105 @@ __device__ __forceinline__ void clear(Pixel& p, bool inside) {
     p.open = 1.f;
 }
 
+// Where a thread's pixel of a tile is.
+struct Place {
+    int environment, tile, x, y;
+    bool inside;
+    size_t pixel, layer;  // in the pictures, and in the picture of the static part
+};
+
+__device__ __forceinline__ Place place_of(const Args& a, u32 item) {
+    int tiles = tile_count(a), across = tiles_x(a);
+    Place at;
+    at.environment = item / tiles, at.tile = item % tiles;
+    at.x = at.tile % across * TILE + 8 * (warp_id() & 1) + (lane_id() & 7);
+    at.y = at.tile / across * TILE + 4 * (warp_id() >> 1) + (lane_id() >> 3);
+    at.inside = at.x < a.width && at.y < a.height;
+    size_t area = (size_t)a.width * a.height, within = (size_t)at.y * a.width + at.x;
+    at.pixel = at.environment * area + within;
+    at.layer = (size_t)at.environment * a.layer_stride * area + within;
+    return at;
+}
+
+template <Kind KIND, bool EXTRAS>
+__device__ __forceinline__ void draw_list_of(const Args& a, Shared& s, const Place& at, Pixel& p) {
+    int tiles = tile_count(a), list = KIND == BODIES && a.mode == LIVE;
+    size_t index = ((size_t)at.environment * list_count(a) + list) * tiles + at.tile;
+    const u64* keys = a.keys + (size_t)at.environment * a.room + a.starts[index];
+    const float4* records = a.records + (size_t)at.environment * a.chunk_count * CHUNK * 2;
+    draw_list<KIND, EXTRAS>(s, keys, a.counts[index], records, p);
+}
+
+// Draws the tile s.item.
 template <int MODE, bool EXTRAS>
-__device__ __forceinline__ void draw_tile(const Args& a, Shared& s, u32 item) {
-    int tiles = tile_count(a), environment = item / tiles, tile = item % tiles, across = tiles_x(a);
-    int x = tile % across * TILE + 8 * (warp_id() & 1) + (lane_id() & 7);
-    int y = tile / across * TILE + 4 * (warp_id() >> 1) + (lane_id() >> 3);
-    bool inside = x < a.width && y < a.height;
-    size_t pixel = (size_t)y * a.width + x, area = (size_t)a.width * a.height;
-    size_t out = environment * area + pixel, layer = environment * (size_t)a.layer_stride * area + pixel;
-    const float4* records = a.records + (size_t)environment * a.chunk_count * CHUNK * 2;
-    size_t first = (size_t)environment * list_count(a) * tiles + tile;
-    // A pass that did not fit is thrown away by the caller; until then it must stay within its memory.
-    auto list = [&](int index, u32& count) {
-        u32 start = a.starts[first + index * tiles];
-        count = min((long long)a.counts[first + index * tiles], max(0ll, a.capacity - start));
-        return a.keys + start;
-    };
+__device__ __forceinline__ void draw_tile(const Args& a, Shared& s) {
     Pixel p;
-    p.x = x + 0.5f, p.y = y + 0.5f;
-    clear(p, inside);
-    u32 count;
     Surface surface = {};
-    if (MODE != OVER_LAYER) {
-        const u64* entries = list(0, count);
-        draw_list<STATIC_PART, false>(s, entries, count, records, p);
-        surface = surface_of(p);
+    {
+        Place at = place_of(a, s.item);
+        p.x = at.x + 0.5f, p.y = at.y + 0.5f;
+        clear(p, at.inside);
+        if (MODE != OVER_LAYER) {
+            draw_list_of<STATIC_PART, false>(a, s, at, p);
+            surface = surface_of(p);
+        } else if (at.inside) {
+            surface.depth = __ldg(&a.layer_color[at.layer].w);
+            surface.open = __ldg(&a.layer_open[at.layer].x);
+        }
     }
     if (MODE == STATIC_ONLY) {
-        if (!inside) return;
-        a.layer_color[out] = make_float4(surface.r, surface.g, surface.b, surface.depth);
-        a.layer_open[out] = make_float2(surface.open, surface.mean_depth);
-        put_picture(a.layer_picture + 3 * out, a, surface.r, surface.g, surface.b, surface.open);
+        Place at = place_of(a, reload(s.item));
+        if (!at.inside) return;
+        a.layer_color[at.pixel] = make_float4(surface.r, surface.g, surface.b, surface.depth);
+        a.layer_open[at.pixel] = make_float2(surface.open, surface.mean_depth);
+        put_picture(a.layer_picture + 3 * at.pixel, a, surface.r, surface.g, surface.b, surface.open);
         return;
     }
-    if (MODE == LIVE) clear(p, inside);
-    if (MODE == OVER_LAYER && inside) {
-        surface.depth = __ldg(&a.layer_color[layer].w);
-        surface.open = __ldg(&a.layer_open[layer].x);
+    {
+        Place at = place_of(a, reload(s.item));
+        clear(p, at.inside);
+        if (at.inside) p.surface = surface.depth, p.open = surface.open;
+        draw_list_of<BODIES, EXTRAS>(a, s, at, p);
     }
-    if (inside) p.surface = surface.depth, p.open = surface.open;
-    const u64* entries = list(MODE == LIVE, count);
-    draw_list<BODIES, EXTRAS>(s, entries, count, records, p);
-    if (!inside) return;
+    Place at = place_of(a, reload(s.item));
+    if (!at.inside) return;
     if (MODE == OVER_LAYER) {
-        float4 color = __ldg(a.layer_color + layer);
+        float4 color = __ldg(a.layer_color + at.layer);
         surface.r = color.x, surface.g = color.y, surface.b = color.z;
     }
-    put_picture(a.rgb + 3 * out, a, p.r + p.front * surface.r, p.g + p.front * surface.g, p.b + p.front * surface.b,
-                p.light * p.open);
+    put_picture(a.rgb + 3 * at.pixel, a, p.r + p.front * surface.r, p.g + p.front * surface.g,
+                p.b + p.front * surface.b, p.light * p.open);
     if (EXTRAS) {
-        if (MODE == OVER_LAYER) surface.mean_depth = __ldg(&a.layer_open[layer].y);
+        if (MODE == OVER_LAYER) surface.mean_depth = __ldg(&a.layer_open[at.layer].y);
         float of_static = p.front * (1.f - p.open), total = p.weight + of_static;
-        a.alpha[out] = total;
-        a.depth[out] = total > 0.f ? (p.depth_sum + of_static * surface.mean_depth) / total : 0.f;
-        a.body[out] = (int16_t)p.owner;
+        a.alpha[at.pixel] = total;
+        a.depth[at.pixel] = total > 0.f ? (p.depth_sum + of_static * surface.mean_depth) / total : 0.f;
+        a.body[at.pixel] = (int16_t)p.owner;
     }
 }
 
-// Blocks take tiles from the queues until none is left, the longest lists first.
+// The next tile to draw, those with the longest lists first; ~0 if none is left.
+__device__ __forceinline__ u32 next_tile(const Args& a, size_t tiles) {
+    u32 ticket = atomicAdd(a.state + TICKET, 1u);
+    for (int kind = 0; kind < CLASSES; kind++) {
+        u32 length = a.state[QUEUES + kind];
+        if (ticket < length) return a.queue[kind * tiles + ticket];
+        ticket -= length;
+    }
+    return ~0u;
+}
+
+// Blocks take tiles from the queues until none is left.
 template <int MODE, bool EXTRAS>
 __global__ void __launch_bounds__(THREADS, RASTER_BLOCKS) raster(Args a) {
     __shared__ Shared s;
-    size_t room = (size_t)a.environments * tile_count(a);
+    if (a.state[MOST_ENTRIES] > a.room) return;  // lists without room are not complete; the caller will see it too
+    size_t tiles = (size_t)a.environments * tile_count(a);
     while (true) {
-        if (threadIdx.x == 0) s.ticket = atomicAdd(a.state + 2 + CLASSES, 1u);
+        if (threadIdx.x == 0) s.item = next_tile(a, tiles);
         __syncthreads();
-        u32 ticket = s.ticket;
-        int kind = 0;
-        for (; kind < CLASSES; kind++) {
-            u32 length = a.state[2 + kind];
-            if (ticket < length) break;
-            ticket -= length;
-        }
-        if (kind == CLASSES) return;
-        draw_tile<MODE, EXTRAS>(a, s, a.queue[kind * room + ticket]);
+        if (s.item == ~0u) return;
+        draw_tile<MODE, EXTRAS>(a, s);
         __syncthreads();
     }
 }

@@ -249,11 +249,11 @@ def test_room_for_entries_grows_instead_of_overflowing():
     expected = CudaRasterizer().render(scene, poses, views)
     rasterizer = CudaRasterizer()
     rasterizer.render(scene, poses, views)
-    for key in rasterizer._capacity:
-        rasterizer._capacity[key] = 10
+    for key in rasterizer._room:
+        rasterizer._room[key] = 10
     found = rasterizer.render(scene, poses, views)
     assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
-    assert rasterizer._capacity[(library.LIVE, 203, 150)] > 1000 < rasterizer._capacity[(library.OVER_LAYER, 203, 150)]
+    assert rasterizer._room[(library.LIVE, 203, 150)] > 1000 < rasterizer._room[(library.OVER_LAYER, 203, 150)]
 
 
 @on_gpu
@@ -263,7 +263,7 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
     rasterizer = CudaRasterizer()
     rasterizer._load(scene)
     for mode in (library.OVER_LAYER, library.LIVE):
-        rasterizer._capacity[(mode, views["own"].width, views["own"].height)] = 10
+        rasterizer._room[(mode, views["own"].width, views["own"].height)] = 10
     recording = Recording(rasterizer, scene, far, views)
     for poses in (far, near, far):
         moved = views | {"own": Camera(views["own"].world_to_camera.flip(0), views["own"].K, 203, 150)}
