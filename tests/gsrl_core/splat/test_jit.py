@@ -21,7 +21,8 @@ print(user.answer())
 @pytest.fixture
 def package(tmp_path):
     (tmp_path / "user.py").write_text(
-        "from constants import VALUE\nfrom gsrl_core.splat.jit import kernel\n\n\n@kernel\ndef answer():\n    return VALUE\n"
+        "from constants import VALUE\nfrom gsrl_core.splat.jit import kernel\n"
+        "@kernel\ndef answer():\n    return VALUE\n"
     )
     return tmp_path
 
