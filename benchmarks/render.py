@@ -1,6 +1,6 @@
 """Frames per second of the batched renderer beside the seed's method, in one run on one GPU.
 
-    PYTHONPATH=. python benchmarks/render.py [--no-baseline] [--environments 1 64 256] [--stages]
+    PYTHONPATH=. python benchmarks/render.py [--no-baseline] [--environments 1 64 256] [--stages] [--pictures]
 
 640 x 480, 150,000 foreground splats over a cached background of 300,000; transforms, composite and uint8 included;
 poses are on the device, as physics leaves them, and so are our pictures (the baseline's are on the host, as the
@@ -11,6 +11,7 @@ clock around one render and a device synchronisation.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,10 @@ import render_scene
 from render_baseline import SeedRenderer
 
 from gsrl_core.geometry.camera import Camera
+from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.raster_cuda import CudaRasterizer, Recording
+from gsrl_core.splat.raster_gsplat import GsplatRasterizer
+from gsrl_core.splat.raster_numba import NumbaRasterizer
 from gsrl_core.splat.scene import Scene
 
 GIB = 1 << 30
@@ -108,12 +112,34 @@ def stages(scene: Scene, environments: int, wrist: bool) -> None:
     print(f"stages at {environments}{' with wrist' if wrist else ''}, ms: {text}")
 
 
+def pictures(name: str, scene: Scene) -> None:
+    """Print how far our pictures are from gsplat's and from the CPU rasteriser's, four environments each."""
+    poses, views = render_scene.poses(4), {"third": render_scene.third_person()}
+    views["wrist"] = render_scene.wrist(poses)
+    alone = {n: (scene.part(n), pose) for n, pose in zip(scene.names, scene.rest_to_world, strict=True)}
+    bodies = Scene.from_parts(Gaussians.empty(), alone)
+    ours, gsplat, cpu = CudaRasterizer(), GsplatRasterizer(), NumbaRasterizer()
+    for what, drawn, other in (
+        ("bodies alone, to gsplat", bodies, gsplat),
+        ("bodies alone, to the CPU", bodies, cpu),
+        ("all, to gsplat with its own rule of hiding", scene, gsplat),
+        ("all, to the CPU", scene, cpu),
+    ):
+        expected = other.render(drawn, poses, views)
+        for view, frames in ours.render(drawn, poses, views).items():
+            error = (frames.rgb.int().cpu() - expected[view].rgb.int().cpu()).abs()
+            psnr = 10 * math.log10(255**2 / max(float(error.float().square().mean()), 1e-9))
+            beyond = int((error > 2).sum())
+            print(f"{name}, {view}: {what}: {psnr:.1f} dB, max {int(error.max())}, {beyond} of {error.numel()} above 2")
+
+
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--no-baseline", action="store_true")
-    parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--stages", action="store_true", help="also print the kernels' times")
+    parser.add_argument("--pictures", action="store_true", help="also compare pictures with gsplat and the CPU")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     scenes = {"degree 0": render_scene.scene(), "degree 3": render_scene.scene(coefficients=16)}
@@ -134,6 +160,9 @@ def main() -> None:
                     print(
                         f"{what:38} {count:4} {took * 1e3:9.3f} {count / took:9.0f} {memory:6.2f} {ratio}", flush=True
                     )
+    if options.pictures:
+        for name, scene in scenes.items():
+            pictures(name, scene)
     if options.stages:
         for wrist in (False, True):
             for count in options.environments:

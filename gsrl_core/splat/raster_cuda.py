@@ -169,10 +169,10 @@ class CudaRasterizer:
             return known[1]
         packed, moved, layer = self._packed, self._on_device(camera), _empty_layer(camera, self.device)
         assert packed is not None
-        empty = torch.empty(1, packed.bodies, 4, 4, device=self.device)
+        nowhere = torch.zeros(1, packed.bodies, 4, 4, device=self.device)
         while True:
             plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), 1)
-            self.draw({name: plan}, empty)
+            self.draw({name: plan}, nowhere)
             if not self.grow({name: plan}):
                 break
         self._layers[name] = (_Seen.of(camera), layer)
@@ -353,13 +353,11 @@ def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: in
     lists = 2 if mode == LIVE else 1
     return {
         "keys": 8 * room,
-        "entries": 8 * room,
         "records": 32 * chunks * CHUNK,
         "depths": 4 * chunks * CHUNK,
         "views": 4 * VIEW * (bodies + 2),
         "visible": 4 * chunks * WARPS,
         "counts": 4 * lists * tiles,
-        "found": 4,
         "bases": 4 * chunks * tiles,
         "starts": 4 * lists * tiles,
         "queue": 4 * CLASSES * tiles,

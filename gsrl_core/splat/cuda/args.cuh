@@ -18,7 +18,6 @@ constexpr int RUN = 128, CHUNK = WARPS * RUN;
 constexpr int VIEW = 16;  // floats of one body's view: 3 x 4 row by row, the eye, one unused
 constexpr int CLASSES = 4, STATE = 8;
 constexpr int MOST_ENTRIES = 0, QUEUES = 1, TICKET = QUEUES + CLASSES;  // places in Args.state
-constexpr int RANK_BITS = 10;  // of an entry's place among its chunk's entries of a tile: below CHUNK
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LOG2_ALPHA_MIN = -7.994353436858858f;  // log2(1 / 255)
 
@@ -53,8 +52,6 @@ struct Args {
     u32* depths;                  // [E, chunks, CHUNK] bits of the depth, which order as the depths do
     int* visible;                 // [E, chunks, WARPS]
     u32* counts;                  // [E, lists, tiles] entries of each tile's list
-    u32* found;                   // [E] entries of all of them
-    uint2* entries;               // [E, room]: record and warps of the tile; tile and place among the chunk's entries
     u32* bases;                   // [E, chunks, tiles] where a chunk's entries start in their tile's list
     u32* starts;                  // [E, lists, tiles] within the environment's keys
     u32* queue;                   // [CLASSES, E, tiles] tiles to draw, longest first

@@ -1,8 +1,8 @@
 // The batched renderer: one call draws one camera of a group of environments. Forward only, no allocation, no
 // synchronisation, so that a call can be captured into a CUDA graph.
 //
-// Stages: views of the bodies -> records on the screen -> entries of the tiles -> places of the lists -> keys in them ->
-// tiles drawn, from the longest list to the shortest.
+// Stages: views of the bodies -> records on the screen -> counts of the tiles' entries -> places of their lists -> keys
+// in the lists -> tiles drawn, from the longest list to the shortest.
 #include "project.cuh"
 #include "raster.cuh"
 #include "tiles.cuh"
@@ -38,20 +38,14 @@ cudaError_t launch_project(const Args& a, dim3 grid, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-cudaError_t launch_find(const Args& a, dim3 grid, cudaStream_t stream) {
+cudaError_t launch_lists(const Args& a, dim3 grid, int write, cudaStream_t stream) {
     static bool allowed = false;  // more shared memory than the default
     if (!allowed) {
         auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-        if (cudaError_t error = cudaFuncSetAttribute(find_tiles, attribute, MAX_TALLY)) return error;
+        if (cudaError_t error = cudaFuncSetAttribute(list_tiles, attribute, MAX_TALLY)) return error;
         allowed = true;
     }
-    find_tiles<<<grid, THREADS, tile_count(a) * sizeof(u32), stream>>>(a);
-    return cudaGetLastError();
-}
-
-cudaError_t launch_write(const Args& a, cudaStream_t stream) {
-    unsigned blocks = (unsigned)((a.room + THREADS - 1) / THREADS);
-    write_keys<<<dim3(blocks, a.environments), THREADS, 0, stream>>>(a);
+    list_tiles<<<grid, THREADS, tile_count(a) * sizeof(u32), stream>>>(a, write);
     return cudaGetLastError();
 }
 
@@ -77,19 +71,18 @@ cudaError_t render(const Args& a, cudaStream_t stream) {
     if (tile_count(a) * sizeof(u32) > MAX_TALLY) return cudaErrorInvalidValue;
     cudaError_t error = cudaMemsetAsync(a.state, 0, STATE * sizeof(u32), stream);
     if (!error) error = cudaMemsetAsync(a.counts, 0, tallies * sizeof(u32), stream);
-    if (!error) error = cudaMemsetAsync(a.found, 0, a.environments * sizeof(u32), stream);
     if (!error && copied) error = launch_copy(a, stream);
     if (error) return error;
     if (a.chunk_count) {
         make_views<<<(views + 127) / 128, 128, 0, stream>>>(a);
         error = cudaGetLastError();
         if (!error) error = launch_project(a, grid, stream);
-        if (!error) error = launch_find(a, grid, stream);
+        if (!error) error = launch_lists(a, grid, 0, stream);
     }
     if (error) return error;
     place_lists<<<a.environments, THREADS, 0, stream>>>(a, !copied);
     error = cudaGetLastError();
-    if (!error && a.chunk_count) error = launch_write(a, stream);
+    if (!error && a.chunk_count) error = launch_lists(a, grid, 1, stream);
     return error ? error : draw(a, stream);
 }
 

@@ -1,4 +1,4 @@
-// Which Gaussians each tile must draw: entries found, lists placed, keys written. Lists are sorted where they are drawn.
+// Which Gaussians each tile must draw: counted, lists placed, keys written. Lists are sorted where they are drawn.
 #pragma once
 
 #include "args.cuh"
@@ -10,10 +10,9 @@ struct alignas(16) Ellipse {
     float shear;                    // the chord's centre moves by this for each pixel down
     float turn;                     // height of the rightmost point; the leftmost lies opposite
     float inverse_height;
-    u32 record;                     // within the environment
 };
 
-__device__ __forceinline__ Ellipse ellipse_of(float4 r0, float2 r1, u32 record) {
+__device__ __forceinline__ Ellipse ellipse_of(float4 r0, float2 r1) {
     float xx = r0.z, xy = r0.w, yy = r1.x;
     // A little larger than exact, so that rounding never drops a pixel that the alpha test would keep.
     float limit = 2.f * ((r1.y - LOG2_ALPHA_MIN) * LN2 * 1.0002f + 1e-3f);
@@ -25,7 +24,6 @@ __device__ __forceinline__ Ellipse ellipse_of(float4 r0, float2 r1, u32 record) 
     e.shear = __fdividef(xy, yy);
     e.turn = __fdividef(xy, xx) * fast_sqrt(limit * xx);
     e.inverse_height = __fdividef(1.f, e.half_height);
-    e.record = record;
     return e;
 }
 
@@ -65,9 +63,14 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
     return value;
 }
 
-// Writes the entries of one tile row for each lane that has one (`active`), and counts them in tally.
-__device__ __forceinline__ void enter_row(const Args& a, const Ellipse& e, int row, bool active, u32* tally) {
-    int environment = blockIdx.y, across = tiles_x(a);
+// Bits x .. y of a row of 8-pixel columns that begins at column `first`.
+__device__ __forceinline__ u32 column_bits(int2 columns, int first) {
+    int low = max(columns.x - first, 0), high = min(columns.y - first, 31);
+    return low > high ? 0u : (~0u << low) & (~0u >> (31 - high));
+}
+
+// The tiles of one tile row that the ellipse touches: one entry each in tally, and in keys if `write`.
+__device__ __forceinline__ void enter_row(const Args& a, const Ellipse& e, int row, u64 key, int write, u32* tally) {
     int2 bands[4];
     int first = 1 << 24, last = -1;
 #pragma unroll
@@ -76,30 +79,39 @@ __device__ __forceinline__ void enter_row(const Args& a, const Ellipse& e, int r
         first = min(first, bands[band].x);
         last = max(last, bands[band].y);
     }
-    int count = active && first <= last ? (last >> 1) - (first >> 1) + 1 : 0;
-    u32 end = warp_sum(count), base = 0;
-    if (lane_id() == 31 && end) base = atomicAdd(a.found + environment, end);
-    size_t at = __shfl_sync(~0u, base, 31) + end - count;
-    uint2* out = a.entries + (size_t)environment * a.room;
-    for (int i = 0; i < count; i++) {
-        int column = 2 * ((first >> 1) + i), tile = row * across + column / 2;
-        u32 mask = 0;
-#pragma unroll
-        for (int band = 0; band < 4; band++) {
-            mask |= (u32)(bands[band].x <= column && column <= bands[band].y) << (2 * band);
-            mask |= (u32)(bands[band].x <= column + 1 && column < bands[band].y) << (2 * band + 1);
+    first >>= 1, last >>= 1;  // tiles
+    u64* keys = a.keys + (size_t)blockIdx.y * a.room;
+    u32* row_tally = tally + row * tiles_x(a);
+    for (int group = first; group <= last; group += 16) {
+        int end = min(group + 15, last);
+        if (!write) {
+            for (int tile = group; tile <= end; tile++) atomicAdd(row_tally + tile, 1u);
+            continue;
         }
-        u32 rank = mask ? atomicAdd(&tally[tile], 1u) : 0;  // thin ellipses may pass between pixel centres
-        if (at + i < a.room) out[at + i] = make_uint2(e.record << 8 | mask, (u32)tile << RANK_BITS | rank);
+        u32 columns[4];
+#pragma unroll
+        for (int band = 0; band < 4; band++) columns[band] = column_bits(bands[band], 2 * group);
+        for (int tile = group; tile <= end; tile++) {
+            u32 mask = 0;
+#pragma unroll
+            for (int band = 0; band < 4; band++) {
+                mask |= (columns[band] & 3u) << (2 * band);
+                columns[band] >>= 2;
+            }
+            u32 at = atomicAdd(row_tally + tile, 1u);
+            if (at < a.room) keys[at] = key | mask;
+        }
     }
 }
 
-// One block for each chunk and environment: finds its entries, adds them to each tile's count, and remembers where the
-// chunk's entries start in the tile's list.
-__global__ void __launch_bounds__(THREADS) find_tiles(Args a) {
+// One block for each chunk and environment, launched twice. First it counts: it adds the chunk's entries to each tile's
+// count and remembers where they start in the tile's list. Then it writes the keys there; their order within a list is
+// settled when it is sorted. One kernel for both, so that they cannot disagree by a rounding.
+__global__ void __launch_bounds__(THREADS) list_tiles(Args a, int write) {
     extern __shared__ u32 tally[];  // [tiles]
     __shared__ Ellipse ellipses[WARPS][32];
-    int environment = blockIdx.y, tiles = tile_count(a), lane = lane_id();
+    __shared__ u64 keys[WARPS][32];
+    int environment = blockIdx.y, tiles = tile_count(a), lane = lane_id(), warp = warp_id();
     size_t block = (size_t)environment * a.chunk_count + blockIdx.x;
     const int4* runs = (const int4*)(a.visible + block * WARPS);
     int4 few = __ldg(runs), more = __ldg(runs + 1);
@@ -108,10 +120,13 @@ __global__ void __launch_bounds__(THREADS) find_tiles(Args a) {
     for (int w = 1; w < WARPS; w++) ends[w] += ends[w - 1];
     int visible = ends[WARPS - 1];
     if (!visible) return;
-    for (int t = threadIdx.x; t < tiles; t += THREADS) tally[t] = 0;
+    int list = a.mode == LIVE ? __ldg(&a.chunks[a.first_chunk + blockIdx.x].w) : 0;
+    size_t first_list = ((size_t)environment * list_count(a) + list) * tiles;
+    u32* bases = a.bases + block * tiles;
+    for (int t = threadIdx.x; t < tiles; t += THREADS) tally[t] = write ? a.starts[first_list + t] + bases[t] : 0;
     __syncthreads();
     const float4* records = a.records + 2 * block * CHUNK;
-    for (int group = 32 * warp_id(); group < visible; group += THREADS) {
+    for (int group = 32 * warp; group < visible; group += THREADS) {
         int at = group + lane;
         int2 rows = make_int2(0, 0);
         if (at < visible) {
@@ -120,10 +135,11 @@ __global__ void __launch_bounds__(THREADS) find_tiles(Args a) {
             for (int w = 0; w < WARPS - 1; w++)
                 if (at >= ends[w]) gap = (w + 1) * RUN - ends[w];
             at += gap;
-            float2 r1 = __ldg((const float2*)(records + 2 * at + 1));
-            Ellipse mine = ellipse_of(__ldg(records + 2 * at), r1, blockIdx.x * CHUNK + at);
+            Ellipse mine = ellipse_of(__ldg(records + 2 * at), __ldg((const float2*)(records + 2 * at + 1)));
             rows = rows_touched(mine, a.height);
-            ellipses[warp_id()][lane] = mine;
+            ellipses[warp][lane] = mine;
+            u64 depth = __ldg(a.depths + block * CHUNK + at);
+            keys[warp][lane] = depth << 32 | (u32)(blockIdx.x * CHUNK + at) << 8;
         }
         __syncwarp();
         // Work is handed out by tile row, because sizes differ widely.
@@ -134,32 +150,14 @@ __global__ void __launch_bounds__(THREADS) find_tiles(Args a) {
             for (int step = 16; step; step /= 2)  // the owner is the first lane whose end lies beyond the item
                 if (__shfl_sync(~0u, end, owner + step - 1) <= item) owner += step;
             int row = __shfl_sync(~0u, origin, owner) + item;
-            enter_row(a, ellipses[warp_id()][owner], row, item < total, tally);
+            if (item < total) enter_row(a, ellipses[warp][owner], row, keys[warp][owner], write, tally);
         }
         __syncwarp();
     }
+    if (write) return;
     __syncthreads();
-    int list = a.mode == LIVE ? __ldg(&a.chunks[a.first_chunk + blockIdx.x].w) : 0;
-    u32* counts = a.counts + ((size_t)environment * list_count(a) + list) * tiles;
     for (int t = threadIdx.x; t < tiles; t += THREADS)
-        if (tally[t]) a.bases[block * tiles + t] = atomicAdd(counts + t, tally[t]);
-}
-
-// One thread for each entry and environment: its key, at its place in its tile's list. The order within a list is
-// settled when it is sorted.
-__global__ void __launch_bounds__(THREADS) write_keys(Args a) {
-    int environment = blockIdx.y, tiles = tile_count(a);
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= a.found[environment] || i >= a.room) return;
-    uint2 entry = __ldg(a.entries + environment * a.room + i);
-    if (!(entry.x & 0xff)) return;
-    u32 record = entry.x >> 8, chunk = record / CHUNK, tile = entry.y >> RANK_BITS;
-    int list = a.mode == LIVE ? __ldg(&a.chunks[a.first_chunk + chunk].w) : 0;
-    size_t block = (size_t)environment * a.chunk_count + chunk;
-    u32 at = __ldg(a.starts + ((size_t)environment * list_count(a) + list) * tiles + tile) +
-             __ldg(a.bases + block * tiles + tile) + (entry.y & ((1 << RANK_BITS) - 1));
-    u64 depth = __ldg(a.depths + (size_t)environment * a.chunk_count * CHUNK + record);
-    if (at < a.room) a.keys[environment * a.room + at] = depth << 32 | entry.x;
+        if (tally[t]) bases[t] = atomicAdd(a.counts + first_list + t, tally[t]);
 }
 
 // Inclusive sum over the block of one value for each thread; scratch [WARPS].
@@ -196,7 +194,7 @@ __global__ void __launch_bounds__(THREADS) place_lists(Args a, int every_tile) {
         if (i < total) starts[i] = running + end - count;
         running += sum;
     }
-    if (threadIdx.x == 0) atomicMax(a.state + MOST_ENTRIES, a.found[environment]);
+    if (threadIdx.x == 0) atomicMax(a.state + MOST_ENTRIES, running);
     __syncthreads();
     for (int pass = 0; pass < 2; pass++) {
         for (int t = threadIdx.x; t < tiles; t += THREADS) {
