@@ -19,5 +19,10 @@ TRANSMITTANCE_MIN = 1e-4
 """A pixel is finished before the Gaussian that would leave at most this much light through; that one is not drawn."""
 TILE_SIZE = 16
 """Edge of the square tiles that the fast rasterisers bin into (px)."""
+SURFACE_ALPHA = 0.5
+"""Where the static part covers more than this it has a surface that can hide bodies."""
+CONTACT_TOLERANCE = 0.01
+"""Bodies are hidden only this far behind the static surface (m): where one stands on the table, the mean depth of a
+pixel is not known better, and bodies must not sink in."""
 RADIUS_SIGMAS = 3.33
 """Radius of a Gaussian of opacity o in standard deviations: min(this, sqrt(2 ln(o / ALPHA_MIN)))."""

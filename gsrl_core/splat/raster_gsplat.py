@@ -14,14 +14,11 @@ from torch import Tensor
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import matrix_to_quat, quat_multiply
-from gsrl_core.splat.constants import EPS2D, FAR_PLANE, NEAR_PLANE, TILE_SIZE
+from gsrl_core.splat.constants import CONTACT_TOLERANCE, EPS2D, FAR_PLANE, NEAR_PLANE, SURFACE_ALPHA, TILE_SIZE
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import sh_colors
 from gsrl_core.splat.scene import Scene
-
-SURFACE_ALPHA = 0.5
-"""Where the static part covers more than this it has a surface that can hide bodies."""
 
 
 class Layer(NamedTuple):
@@ -143,7 +140,8 @@ def composite(static: Layer, moving: Layer, body_weights: Tensor | None) -> Fram
         moving: [B, h, w, ...].
         body_weights: [B, h, w, M] each body's share of ``moving.alpha``; none leaves all but rgb out.
     """
-    surface = torch.where(static.alpha > SURFACE_ALPHA, static.depth / static.alpha.clamp_min(1e-10), torch.inf)
+    seen = static.depth / static.alpha.clamp_min(1e-10) + CONTACT_TOLERANCE
+    surface = torch.where(static.alpha > SURFACE_ALPHA, seen, torch.inf)
     hidden = moving.depth / moving.alpha.clamp_min(1e-10) > surface
     one = torch.ones_like(moving.alpha)
     of_moving = torch.where(hidden, 1 - static.alpha, one)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.splat.composite_numba import composite_extras, composite_tiles, project_bodies
+from gsrl_core.splat.constants import CONTACT_TOLERANCE, SURFACE_ALPHA
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.kernels_numba import EXTENT_X, EXTENT_Y, MEAN_X, MEAN_Y, Doubles
@@ -25,12 +26,8 @@ from gsrl_core.splat.picture_numba import (
     draw_backward,
     float_array,
 )
-from gsrl_core.splat.raster_gsplat import SURFACE_ALPHA, check_batch
+from gsrl_core.splat.raster_gsplat import check_batch
 from gsrl_core.splat.scene import Scene
-
-CONTACT_TOLERANCE = 0.01
-"""A body's Gaussian counts as hidden only this far behind the static surface (m): where a body stands on the table, the
-mean depth of a pixel is not known better, and bodies must not sink in."""
 
 
 def rasterize(
