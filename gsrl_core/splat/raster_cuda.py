@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.splat.cuda import library
 from gsrl_core.splat.cuda.library import CHUNK, CLASSES, LIVE, OVER_LAYER, STATE, STATIC_ONLY, TILE, VIEW, WARPS
@@ -21,20 +22,24 @@ from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.raster_gsplat import check_batch
 from gsrl_core.splat.scene import Scene
 
+LAYER_BYTES = 27
+"""Of one pixel of a kept picture of the static part."""
+MAX_TILES = 160 * 1024 // 4
+"""A block counts the entries of every tile in shared memory."""
 GROWTH = 1.25
 """Room for entries is made this much larger than what did not fit."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The static part seen by one fixed camera."""
+    """The static part seen from C fixed poses, one for all environments or one for each."""
 
     color: Tensor
-    """float32 [h, w, 4]: rgb over black, and the depth beyond which bodies are hidden (m)."""
+    """float32 [C, h, w, 4]: rgb over black, and the depth beyond which bodies are hidden (m)."""
     open: Tensor
-    """float32 [h, w, 2]: light that it lets through, and its mean depth (m)."""
+    """float32 [C, h, w, 2]: light that it lets through, and its mean depth (m)."""
     picture: Tensor
-    """uint8 [h, w, 3] without bodies."""
+    """uint8 [C, h, w, 3] without bodies."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ class Plan:
 class CudaRasterizer:
     """Draws posed scenes on one CUDA device (see ``interfaces.Rasterizer``). The same input gives the same bits.
 
-    A camera with one pose keeps a picture of the static part until the scene or the camera's values change; a camera
-    with a pose for each environment draws the static part anew each time.
+    The picture of the static part is kept for a camera that all environments share, and for one that stands where it
+    stood in the last call; for a camera that moves it is drawn anew together with the bodies. Cameras of many poses on
+    the device count as moving unless the same object is given again, because comparing them would wait for the device.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class CudaRasterizer:
         background: tuple[float, float, float] = (0.0, 0.0, 0.0),
         environments_per_pass: int = 64,
         scratch_bytes: int = 1 << 30,
+        cache_bytes: int = 1 << 30,
     ) -> None:
         """Load or compile the kernels.
 
@@ -81,6 +88,7 @@ class CudaRasterizer:
             background: colour where nothing is.
             environments_per_pass: how many are drawn at once at most.
             scratch_bytes: fewer are drawn at once if they would need more memory than this.
+            cache_bytes: no larger picture of a static part is kept for one camera.
 
         Raises:
             SceneError: the kernels can be neither found nor compiled.
@@ -89,10 +97,11 @@ class CudaRasterizer:
         self.background = background
         self.environments_per_pass = environments_per_pass
         self.scratch_bytes = scratch_bytes
+        self.cache_bytes = cache_bytes
         self._kernels = library.load()
         self._source: Scene | None = None
         self._packed: Packed | None = None
-        self._layers: dict[str, tuple[_Seen, Layer]] = {}
+        self._layers: dict[str, tuple[_Seen, Layer | None]] = {}
         self._room: dict[tuple[int, int, int], int] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -107,24 +116,45 @@ class CudaRasterizer:
         """
         check_batch(scene, body_to_world, cameras)
         poses = body_to_world.to(self.device, torch.float32).contiguous()
-        plans = self.plan(scene, len(poses), cameras, extras)
-        self.draw(plans, poses)
-        while self.grow(plans):
-            plans = self.plan(scene, len(poses), cameras, extras)
-            self.draw(plans, poses)
+        plans = self.draw_fitting(self.plan(scene, len(poses), cameras, extras), poses)
         return {name: plan.out for name, plan in plans.items() if plan.out is not None}
 
-    def plan(self, scene: Scene, count: int, cameras: Mapping[str, Camera], extras: bool) -> dict[str, Plan]:
-        """Output and scratch memory for ``count`` environments; draws the static part where it is not known yet."""
+    def plan(
+        self, scene: Scene, count: int, cameras: Mapping[str, Camera], extras: bool, *, moving: bool = False
+    ) -> dict[str, Plan]:
+        """Output and scratch memory for ``count`` environments; draws static parts that are to be kept.
+
+        Args:
+            scene: what to draw.
+            count: number of environments.
+            cameras: as for :meth:`render`.
+            extras: as for :meth:`render`.
+            moving: cameras with a pose for each environment will move, even if they have not so far.
+
+        Raises:
+            SceneError: a picture is too large.
+        """
         packed = self._load(scene)
         plans = {}
         for name, camera in cameras.items():
-            layer = self._layer(name, camera) if len(camera) == 1 else None
+            _check_size(name, camera)
+            layer = None if moving and len(camera) > 1 else self._layer(name, camera, count)
             moved = self._on_device(camera)
             out = _allocate(count, moved, extras, self.device)
             first = packed.static_chunks if layer else 0
             mode = OVER_LAYER if layer else LIVE
             plans[name] = self._plan(mode, moved, layer, out, (first, len(packed.chunks) - first), count)
+        return plans
+
+    def draw_fitting(self, plans: dict[str, Plan], poses: Tensor) -> dict[str, Plan]:
+        """As :meth:`draw`, again with more room until there was enough; the plans that had it. Synchronises."""
+        self.draw(plans, poses)
+        while self.grow(plans):
+            plans = {
+                name: self._plan(plan.mode, plan.camera, plan.layer, plan.out, plan.chunks, len(poses))
+                for name, plan in plans.items()
+            }
+            self.draw(plans, poses)
         return plans
 
     def draw(self, plans: Mapping[str, Plan], poses: Tensor) -> None:
@@ -163,19 +193,22 @@ class CudaRasterizer:
         view, K = (t.to(self.device, torch.float32).contiguous() for t in (camera.world_to_camera, camera.K))
         return Camera(view, K, camera.width, camera.height)
 
-    def _layer(self, name: str, camera: Camera) -> Layer:
-        known = self._layers.get(name)
-        if known is not None and known[0].same(camera):
-            return known[1]
+    def _layer(self, name: str, camera: Camera, count: int) -> Layer | None:
+        seen, layer = self._layers.get(name, (None, None))
+        same = seen is not None and seen.same(camera)
+        if not same or layer is None:
+            shared = len(camera) == 1 and count > 1
+            small = LAYER_BYTES * len(camera) * camera.width * camera.height <= self.cache_bytes
+            layer = self._draw_layer(camera) if shared or (same and small) else None
+            self._layers[name] = (_Seen.of(camera), layer)
+        return layer
+
+    def _draw_layer(self, camera: Camera) -> Layer:
         packed, moved, layer = self._packed, self._on_device(camera), _empty_layer(camera, self.device)
         assert packed is not None
-        nowhere = torch.zeros(1, packed.bodies, 4, 4, device=self.device)
-        while True:
-            plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), 1)
-            self.draw({name: plan}, nowhere)
-            if not self.grow({name: plan}):
-                break
-        self._layers[name] = (_Seen.of(camera), layer)
+        nowhere = torch.zeros(len(camera), packed.bodies, 4, 4, device=self.device)
+        plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), len(camera))
+        self.draw_fitting({"": plan}, nowhere)
         return layer
 
     def _plan(
@@ -223,8 +256,10 @@ class CudaRasterizer:
             mode=plan.mode,
         )
         if plan.layer is not None:
-            args.layer_color = plan.layer.color.data_ptr()
-            args.layer_open, args.layer_picture = plan.layer.open.data_ptr(), plan.layer.picture.data_ptr()
+            args.layer_stride = stride
+            args.layer_color = _address(plan.layer.color, start * stride)
+            args.layer_open = _address(plan.layer.open, start * stride)
+            args.layer_picture = _address(plan.layer.picture, start * stride)
         if plan.out is not None:
             args.rgb = _address(plan.out.rgb, start)
             if plan.out.depth is not None and plan.out.alpha is not None and plan.out.body_id is not None:
@@ -243,8 +278,8 @@ class CudaRasterizer:
 class Recording:
     """A captured render of a fixed number of environments: a CUDA graph that costs one launch.
 
-    The pictures of one call are overwritten by the next. All cameras' poses may change from call to call, but those of
-    cameras with a single pose must not (their static part is cached).
+    The pictures of one call are overwritten by the next. Poses of bodies may change from call to call, and so may those
+    of cameras that have one for each environment; a camera with a single pose must stay where it was when recorded.
     """
 
     rasterizer: CudaRasterizer
@@ -254,7 +289,7 @@ class Recording:
     extras: bool = False
     _plans: dict[str, Plan] = field(init=False)
     _graph: torch.cuda.CUDAGraph = field(init=False)
-    _arena: Tensor = field(init=False)
+    _held: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         check_batch(self.scene, self.poses, self.cameras)
@@ -265,13 +300,11 @@ class Recording:
     @torch.no_grad()
     def _capture(self) -> None:
         rasterizer = self.rasterizer
-        self._plans = rasterizer.plan(self.scene, len(self.poses), self.cameras, self.extras)
-        rasterizer.draw(self._plans, self.poses)
-        while rasterizer.grow(self._plans):
-            self._plans = rasterizer.plan(self.scene, len(self.poses), self.cameras, self.extras)
-            rasterizer.draw(self._plans, self.poses)
+        cameras = {name: _copied(camera) if len(camera) > 1 else camera for name, camera in self.cameras.items()}
+        plans = rasterizer.plan(self.scene, len(self.poses), cameras, self.extras, moving=True)
+        self._plans = rasterizer.draw_fitting(plans, self.poses)
         torch.cuda.synchronize(rasterizer.device)
-        self._arena = rasterizer._arena  # the graph holds its address
+        self._held = (rasterizer._arena, rasterizer._packed)  # the graph knows only their addresses
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             rasterizer.draw(self._plans, self.poses)
@@ -306,7 +339,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A fixed camera's values, and the tensors that they were read from."""
+    """A camera as it was in the last call."""
 
     camera: Camera
     versions: tuple[int, int]
@@ -314,13 +347,21 @@ class _Seen:
 
     @staticmethod
     def of(camera: Camera) -> _Seen:
-        return _Seen(camera, _versions(camera), _values(camera))
+        return _Seen(camera, _versions(camera), _values(camera) if _cheap(camera) else b"")
 
     def same(self, camera: Camera) -> bool:
-        # Reading the values of a camera on the device waits for it, so the same object is believed first.
         if self.camera is camera and self.versions == _versions(camera):
             return True
-        return self.values == _values(camera)
+        return _cheap(camera) and self.values == _values(camera)
+
+
+def _cheap(camera: Camera) -> bool:
+    """Whether a camera's values may be read each time."""
+    return len(camera) == 1 or not camera.world_to_camera.is_cuda
+
+
+def _copied(camera: Camera) -> Camera:
+    return Camera(camera.world_to_camera.clone(), camera.K.clone(), camera.width, camera.height)
 
 
 def _versions(camera: Camera) -> tuple[int, int]:
@@ -341,15 +382,23 @@ def _allocate(count: int, camera: Camera, extras: bool, device: torch.device) ->
     return Frames(rgb, depth, alpha, torch.empty(shape, dtype=torch.int16, device=device))
 
 
+def _check_size(name: str, camera: Camera) -> None:
+    if _tiles(camera) > MAX_TILES:
+        raise SceneError(
+            f"camera {name!r} is {camera.width} x {camera.height} pixels; the CUDA renderer draws at most "
+            f"{MAX_TILES * TILE * TILE / 1e6:.0f} million; use a smaller picture or rasterizer=gsplat"
+        )
+
+
 def _empty_layer(camera: Camera, device: torch.device) -> Layer:
-    shape = (camera.height, camera.width)
+    shape = (len(camera), camera.height, camera.width)
     color, opening = torch.empty(*shape, 4, device=device), torch.empty(*shape, 2, device=device)
     return Layer(color, opening, torch.empty(*shape, 3, dtype=torch.uint8, device=device))
 
 
 def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: int) -> dict[str, int]:
     """Bytes for one environment of every scratch array of ``library.Args``."""
-    tiles = -(-camera.width // TILE) * -(-camera.height // TILE)
+    tiles = _tiles(camera)
     lists = 2 if mode == LIVE else 1
     return {
         "keys": 8 * room,
@@ -362,6 +411,10 @@ def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: in
         "starts": 4 * lists * tiles,
         "queue": 4 * CLASSES * tiles,
     }
+
+
+def _tiles(camera: Camera) -> int:
+    return -(-camera.width // TILE) * -(-camera.height // TILE)
 
 
 def _aligned(size: int) -> int:

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 typedef unsigned long long u64;

@@ -136,9 +136,11 @@ __device__ __forceinline__ bool project_one(const Args& a, int i, const float* v
            f.mean_y - extent_y <= a.height - 0.5f;
 }
 
-__device__ __forceinline__ float pack_halves(float low, float high) {
-    return __uint_as_float((u32)__half_as_ushort(__float2half_rn(low)) |
-                           ((u32)__half_as_ushort(__float2half_rn(high)) << 16));
+// A colour in 8 bytes: 21 bits for each channel, the exponent and 13 bits of the mantissa of a positive float.
+__device__ __forceinline__ float2 pack_color(float3 color) {
+    u64 r = (__float_as_uint(color.x) + 0x200u) >> 10, g = (__float_as_uint(color.y) + 0x200u) >> 10;
+    u64 packed = r | g << 21 | (u64)((__float_as_uint(color.z) + 0x200u) >> 10) << 42;
+    return make_float2(__uint_as_float((u32)packed), __uint_as_float((u32)(packed >> 32)));
 }
 
 // Whether no Gaussian of a run can pass the first test of project_one: its sphere lies behind the camera or beyond one
@@ -185,12 +187,10 @@ __global__ void __launch_bounds__(THREADS) project(Args a) {
         u32 vote = __ballot_sync(~0u, seen);
         if (seen) {
             size_t at = slot + found + __popc(vote & lanes_below());
-            float3 c = color_of<COUNT>(a.harmonics + (size_t)(chunk.x + i) * COUNT * 3, mean.x - view[12],
-                                       mean.y - view[13], mean.z - view[14]);
-            float owner = __uint_as_float((u32)__half_as_ushort(__float2half_rn(c.z)) |
-                                          ((u32)(uint16_t)(chunk.z == a.bodies ? -1 : chunk.z) << 16));
+            float2 c = pack_color(color_of<COUNT>(a.harmonics + (size_t)(chunk.x + i) * COUNT * 3, mean.x - view[12],
+                                                  mean.y - view[13], mean.z - view[14]));
             a.records[2 * at] = make_float4(f.mean_x, f.mean_y, f.xx, f.xy);
-            a.records[2 * at + 1] = make_float4(f.yy, f.log2_opacity, pack_halves(c.x, c.y), owner);
+            a.records[2 * at + 1] = make_float4(f.yy, f.log2_opacity, c.x, c.y);
             a.depths[at] = __float_as_uint(f.depth);
         }
         found += __popc(vote);

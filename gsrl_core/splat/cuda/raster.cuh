@@ -88,18 +88,19 @@ __device__ __forceinline__ void blend_step(const float4* staged, Pixel& p) {
     }
 }
 
-// Reads a record and writes what blending needs of it; returns its depth.
-__device__ __forceinline__ void stage(float4* out, const float4* records, u64 key) {
+// Reads a record and writes what blending needs of it.
+template <bool EXTRAS>
+__device__ __forceinline__ void stage(const Args& a, float4* out, const float4* records, u64 key) {
     u32 at = (u32)key >> 8;
     float4 r0 = __ldg(records + 2 * at), r1 = __ldg(records + 2 * at + 1);
     float scale = __fdividef(0.5f * LOG2E, difference_of_products(r0.z, r1.x, r0.w, r0.w));
-    u32 rg = __float_as_uint(r1.z), b_body = __float_as_uint(r1.w);
-    __half2 colors = *(__half2*)&rg;
+    u32 low = __float_as_uint(r1.z), high = __float_as_uint(r1.w);
+    int body = EXTRAS ? __ldg(&a.chunks[a.first_chunk + at / CHUNK].z) : 0;
     out[0] = make_float4(r0.x, r0.y, r1.x * scale, -2.f * r0.w * scale);
-    out[1] = make_float4(r0.z * scale, r1.y, __uint_as_float((u32)(key >> 32)),
-                         __int_as_float((int)b_body >> 16));
-    out[2] = make_float4(__low2float(colors), __high2float(colors),
-                         __half2float(__ushort_as_half((unsigned short)(b_body & 0xffff))), 0.f);
+    out[1] = make_float4(r0.z * scale, r1.y, __uint_as_float((u32)(key >> 32)), __int_as_float(body));
+    out[2] = make_float4(__uint_as_float(low << 10 & 0x7ffffc00u),
+                         __uint_as_float((low >> 21 | high << 11) << 10 & 0x7ffffc00u),
+                         __uint_as_float(high & 0x7ffffc00u), 0.f);
 }
 
 // Fills up to a whole step. Far away, so that it counts as behind like all that would follow (finite: times a weight of
@@ -111,8 +112,8 @@ __device__ __forceinline__ void stage_nothing(float4* out) {
 
 // Blends s.sorted[0 .. count) into the warp's pixels; no barrier of the block inside.
 template <Kind KIND, bool EXTRAS>
-__device__ __forceinline__ void blend_sorted(Shared& s, u32 count, const float4* records, float nearest_surface,
-                                             Pixel& p) {
+__device__ __forceinline__ void blend_sorted(const Args& a, Shared& s, u32 count, const float4* records,
+                                             float nearest_surface, Pixel& p) {
     u32 lane = lane_id(), warp = warp_id();
     float4* staged = s.staged[warp];
     u64* waiting = s.waiting[warp];
@@ -131,7 +132,7 @@ __device__ __forceinline__ void blend_sorted(Shared& s, u32 count, const float4*
         u32 used = min(fill, 32u);
         u64 key = waiting[lane], later = waiting[32 + lane];
         if (lane < used)
-            stage(staged + lane * STAGED, records, key);
+            stage<EXTRAS>(a, staged + lane * STAGED, records, key);
         else
             stage_nothing(staged + lane * STAGED);
         float farthest = __uint_as_float((u32)(__shfl_sync(~0u, key, used - 1) >> 32));
@@ -200,7 +201,8 @@ __device__ __forceinline__ uint2 sum_buckets(Shared& s) {
 
 // Draws one list of `count` entries, in whatever order they lie; every thread of the block takes part.
 template <Kind KIND, bool EXTRAS>
-__device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count, const float4* records, Pixel& p) {
+__device__ __forceinline__ void draw_list(const Args& a, Shared& s, const u64* list, u32 count,
+                                          const float4* records, Pixel& p) {
     if (!count) return;
     float nearest_surface = 0.f;
     if (KIND == BODIES) nearest_surface = __uint_as_float(__reduce_min_sync(~0u, __float_as_uint(p.surface)));
@@ -239,7 +241,7 @@ __device__ __forceinline__ void draw_list(Shared& s, const u64* list, u32 count,
         __syncthreads();
         sort_buckets(s, fitting.y, lo, shift);
         __syncthreads();
-        blend_sorted<KIND, EXTRAS>(s, fitting.y, records, nearest_surface, p);
+        blend_sorted<KIND, EXTRAS>(a, s, fitting.y, records, nearest_surface, p);
         if (!more || !__syncthreads_or(p.alive)) return;
         lo = reload(s.next), last = hi = reload(s.last), list = reload(s.list), count = reload(s.count);
     }
@@ -301,7 +303,7 @@ __device__ __forceinline__ void draw_list_of(const Args& a, Shared& s, const Pla
     size_t index = ((size_t)at.environment * list_count(a) + list) * tiles + at.tile;
     const u64* keys = a.keys + (size_t)at.environment * a.room + a.starts[index];
     const float4* records = a.records + (size_t)at.environment * a.chunk_count * CHUNK * 2;
-    draw_list<KIND, EXTRAS>(s, keys, a.counts[index], records, p);
+    draw_list<KIND, EXTRAS>(a, s, keys, a.counts[index], records, p);
 }
 
 // Draws the tile s.item.

@@ -247,7 +247,7 @@ def test_environments_passes_and_repeats_do_not_change_a_picture():
 def test_room_for_entries_grows_instead_of_overflowing():
     scene, poses, views = make_scene(), make_poses(3), cameras(3)
     expected = CudaRasterizer().render(scene, poses, views)
-    rasterizer = CudaRasterizer()
+    rasterizer = CudaRasterizer(cache_bytes=0)
     rasterizer.render(scene, poses, views)
     for key in rasterizer._room:
         rasterizer._room[key] = 10
@@ -264,12 +264,17 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
     rasterizer._load(scene)
     for mode in (library.OVER_LAYER, library.LIVE):
         rasterizer._room[(mode, views["own"].width, views["own"].height)] = 10
-    recording = Recording(rasterizer, scene, far, views)
+    on_device = Camera(views["own"].world_to_camera.cuda(), views["own"].K.cuda(), 203, 150)
+    recording = Recording(rasterizer, scene, far, views | {"own": on_device})
     for poses in (far, near, far):
         moved = views | {"own": Camera(views["own"].world_to_camera.flip(0), views["own"].K, 203, 150)}
         expected = CudaRasterizer().render(scene, poses, moved)
         found = recording(poses, moved)
         assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
+    assert torch.equal(on_device.world_to_camera.cpu(), views["own"].world_to_camera)
+    rasterizer.render(make_scene(degree=0), near, views)  # what the graph reads must outlive this
+    torch.cuda.empty_cache()
+    assert torch.equal(recording(far, moved)["own"].rgb, expected["own"].rgb)
 
 
 @on_gpu
@@ -286,6 +291,34 @@ def test_the_static_picture_follows_scene_and_camera():
     assert torch.equal(rasterizer.render(scene, poses, {"c": first})["c"].rgb, b)
     other = Scene.from_parts(Gaussians.empty(3), {n: (scene.part(n), torch.eye(4)) for n in scene.names})
     assert not torch.equal(rasterizer.render(other, poses, {"c": second})["c"].rgb, b)
+
+
+@on_gpu
+def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
+    scene, poses, own = make_scene(), make_poses(3), cameras(3)["own"]
+    rasterizer = CudaRasterizer(environments_per_pass=2)
+    drawn, kept = [], []
+    for camera in (
+        own,
+        own,
+        own.select(slice(None)),
+        Camera(own.world_to_camera.flip(0), own.K, own.width, own.height),
+    ):
+        drawn.append(rasterizer.render(scene, poses, {"own": camera})["own"].rgb)
+        kept.append(rasterizer._layers["own"][1] is not None)
+    assert kept == [False, True, True, False]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])
+    small = CudaRasterizer(cache_bytes=1000)
+    for _ in range(2):
+        assert torch.equal(small.render(scene, poses, {"own": own})["own"].rgb, drawn[0])
+    assert small._layers["own"][1] is None
+
+
+@on_gpu
+def test_pictures_that_are_too_large_are_refused():
+    huge = Camera(torch.eye(4)[None], torch.eye(3)[None], 8000, 8000)
+    with pytest.raises(SceneError, match="8000 x 8000"):
+        CudaRasterizer().render(make_scene(), make_poses(1), {"huge": huge})
 
 
 @on_gpu
