@@ -26,8 +26,9 @@ import render_scene
 from render_baseline import SeedRenderer
 
 from gsrl_core.geometry.camera import Camera
+from gsrl_core.splat.cuda.recording import Recording
 from gsrl_core.splat.gaussians import Gaussians
-from gsrl_core.splat.raster_cuda import CudaRasterizer, Recording
+from gsrl_core.splat.raster_cuda import CudaRasterizer
 from gsrl_core.splat.raster_gsplat import GsplatRasterizer
 from gsrl_core.splat.raster_numba import NumbaRasterizer
 from gsrl_core.splat.scene import Scene
@@ -97,13 +98,16 @@ def stages(scene: Scene, environments: int, wrist: bool) -> None:
     """Print the device time of every kernel of one vectorised frame."""
     from torch.profiler import ProfilerActivity, profile
 
-    poses = render_scene.poses(environments).cuda()
-    cameras = {"third": render_scene.third_person()} | ({"wrist": render_scene.wrist(poses)} if wrist else {})
-    rasterizer = CudaRasterizer()
+    poses, rasterizer = render_scene.poses(environments).cuda(), CudaRasterizer()
+
+    def draw() -> None:  # a new object each time, so that the wrist camera counts as moving
+        cameras = {"third": render_scene.third_person()} | ({"wrist": render_scene.wrist(poses)} if wrist else {})
+        rasterizer.render(scene, poses, cameras)
+
     for _ in range(3):
-        rasterizer.render(scene, poses, cameras)
+        draw()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        rasterizer.render(scene, poses, cameras)
+        draw()
         torch.cuda.synchronize()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
     text = ", ".join(

@@ -8,61 +8,32 @@ it lets light through, exactly as ``raster_numba.NumbaRasterizer`` does it. Pict
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.splat.cuda import library
-from gsrl_core.splat.cuda.library import CHUNK, CLASSES, LIVE, OVER_LAYER, STATE, STATIC_ONLY, TILE, VIEW, WARPS
+from gsrl_core.splat.cuda.library import CHUNK, LIVE, OVER_LAYER, STATE, STATIC_ONLY
 from gsrl_core.splat.cuda.packing import Packed, pack
+from gsrl_core.splat.cuda.plan import (
+    LAYER_BYTES,
+    Layer,
+    Plan,
+    address,
+    aligned,
+    allocate_frames,
+    check_size,
+    empty_layer,
+    scratch_sizes,
+)
+from gsrl_core.splat.cuda.seen import Seen
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.raster_gsplat import check_batch
 from gsrl_core.splat.scene import Scene
 
-LAYER_BYTES = 27
-"""Of one pixel of a kept picture of the static part."""
-MAX_TILES = 160 * 1024 // 4
-"""A block counts the entries of every tile in shared memory."""
 GROWTH = 1.25
 """Room for entries is made this much larger than what did not fit."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The static part seen from C fixed poses, one for all environments or one for each."""
-
-    color: Tensor
-    """float32 [C, h, w, 4]: rgb over black, and the depth beyond which bodies are hidden (m)."""
-    open: Tensor
-    """float32 [C, h, w, 2]: light that it lets through, and its mean depth (m)."""
-    picture: Tensor
-    """uint8 [C, h, w, 3] without bodies."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one camera of a batch is drawn: its tensors on the device and the sizes of its scratch memory."""
-
-    mode: int
-    camera: Camera
-    layer: Layer | None
-    out: Frames | None
-    chunks: tuple[int, int]
-    """First and number."""
-    environments: int
-    """In one pass."""
-    room: int
-    """Entries of all tiles' lists that there is room for in each environment."""
-    state: Tensor
-    """int32 [passes, STATE]; the first is the most entries that an environment had."""
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """What the room is kept for."""
-        return self.mode, self.camera.width, self.camera.height
 
 
 class CudaRasterizer:
@@ -71,6 +42,7 @@ class CudaRasterizer:
     The picture of the static part is kept for a camera that all environments share, and for one that stands where it
     stood in the last call; for a camera that moves it is drawn anew together with the bodies. Cameras of many poses on
     the device count as moving unless the same object is given again, because comparing them would wait for the device.
+    Body poses must be rigid. Scratch memory is shared by all calls, so make them on one stream.
     """
 
     def __init__(
@@ -101,7 +73,7 @@ class CudaRasterizer:
         self._kernels = library.load()
         self._source: Scene | None = None
         self._packed: Packed | None = None
-        self._layers: dict[str, tuple[_Seen, Layer | None]] = {}
+        self._layers: dict[str, tuple[Seen, Layer | None]] = {}
         self._room: dict[tuple[int, int, int], int] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -137,10 +109,10 @@ class CudaRasterizer:
         packed = self._load(scene)
         plans = {}
         for name, camera in cameras.items():
-            _check_size(name, camera)
+            check_size(name, camera)
             layer = None if moving and len(camera) > 1 else self._layer(name, camera, count)
             moved = self._on_device(camera)
-            out = _allocate(count, moved, extras, self.device)
+            out = allocate_frames(count, moved, extras, self.device)
             first = packed.static_chunks if layer else 0
             mode = OVER_LAYER if layer else LIVE
             plans[name] = self._plan(mode, moved, layer, out, (first, len(packed.chunks) - first), count)
@@ -181,6 +153,10 @@ class CudaRasterizer:
             self._room[plan.key] = max(self._room.get(plan.key, 0), int(total * GROWTH) + 1)
         return bool(short)
 
+    def held(self) -> tuple[object, ...]:
+        """What enqueued work reads by its address, to be kept while it may run again."""
+        return self._arena, self._packed
+
     def _load(self, scene: Scene) -> Packed:
         if self._source is not scene or self._packed is None:
             self._packed = pack(scene, self.device)
@@ -200,11 +176,11 @@ class CudaRasterizer:
             shared = len(camera) == 1 and count > 1
             small = LAYER_BYTES * len(camera) * camera.width * camera.height <= self.cache_bytes
             layer = self._draw_layer(camera) if shared or (same and small) else None
-            self._layers[name] = (_Seen.of(camera), layer)
+            self._layers[name] = (Seen.of(camera), layer)
         return layer
 
     def _draw_layer(self, camera: Camera) -> Layer:
-        packed, moved, layer = self._packed, self._on_device(camera), _empty_layer(camera, self.device)
+        packed, moved, layer = self._packed, self._on_device(camera), empty_layer(camera, self.device)
         assert packed is not None
         nowhere = torch.zeros(len(camera), packed.bodies, 4, 4, device=self.device)
         plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), len(camera))
@@ -217,12 +193,12 @@ class CudaRasterizer:
         assert self._packed is not None
         # A first guess; the true number is checked after every draw.
         room = self._room.setdefault((mode, camera.width, camera.height), chunks[1] * CHUNK + 4096)
-        sizes = _scratch_sizes(mode, camera, self._packed.bodies, chunks[1], room)
+        sizes = scratch_sizes(mode, camera, self._packed.bodies, chunks[1], room)
         each = sum(sizes.values())
         together = max(1, min(count, self.environments_per_pass, self.scratch_bytes // each))
         passes = -(-count // together)
         together = -(-count // max(passes, 1))  # of equal size
-        needed = sum(_aligned(size * together) for size in sizes.values())
+        needed = sum(aligned(size * together) for size in sizes.values())
         if self._arena.numel() < needed:
             self._arena = torch.empty(needed, dtype=torch.uint8, device=self.device)
         state = torch.zeros(passes, STATE, dtype=torch.int32, device=self.device)
@@ -239,10 +215,10 @@ class CudaRasterizer:
             harmonics=packed.harmonics.data_ptr(),
             chunks=packed.chunks.data_ptr(),
             runs=packed.runs.data_ptr(),
-            poses=_address(poses, start),
-            world_to_camera=_address(camera.world_to_camera, start * stride),
-            K=_address(camera.K, start * stride),
-            state=_address(plan.state, number),
+            poses=address(poses, start),
+            world_to_camera=address(camera.world_to_camera, start * stride),
+            K=address(camera.K, start * stride),
+            state=address(plan.state, number),
             room=plan.room,
             background=self.background,
             environments=count,
@@ -257,170 +233,18 @@ class CudaRasterizer:
         )
         if plan.layer is not None:
             args.layer_stride = stride
-            args.layer_color = _address(plan.layer.color, start * stride)
-            args.layer_open = _address(plan.layer.open, start * stride)
-            args.layer_picture = _address(plan.layer.picture, start * stride)
+            args.layer_color = address(plan.layer.color, start * stride)
+            args.layer_open = address(plan.layer.open, start * stride)
+            args.layer_picture = address(plan.layer.picture, start * stride)
         if plan.out is not None:
-            args.rgb = _address(plan.out.rgb, start)
+            args.rgb = address(plan.out.rgb, start)
             if plan.out.depth is not None and plan.out.alpha is not None and plan.out.body_id is not None:
                 args.extras = 1
-                args.depth, args.alpha = _address(plan.out.depth, start), _address(plan.out.alpha, start)
-                args.body = _address(plan.out.body_id, start)
+                args.depth, args.alpha = address(plan.out.depth, start), address(plan.out.alpha, start)
+                args.body = address(plan.out.body_id, start)
         at = self._arena.data_ptr()
-        sizes = _scratch_sizes(plan.mode, camera, packed.bodies, plan.chunks[1], plan.room)
+        sizes = scratch_sizes(plan.mode, camera, packed.bodies, plan.chunks[1], plan.room)
         for name, size in sizes.items():
             setattr(args, name, at)
-            at += _aligned(size * plan.environments)
+            at += aligned(size * plan.environments)
         self._kernels.render(args, torch.cuda.current_stream(self.device).cuda_stream)
-
-
-@dataclass
-class Recording:
-    """A captured render of a fixed number of environments: a CUDA graph that costs one launch.
-
-    The pictures of one call are overwritten by the next. Poses of bodies may change from call to call, and so may those
-    of cameras that have one for each environment; a camera with a single pose must stay where it was when recorded.
-    """
-
-    rasterizer: CudaRasterizer
-    scene: Scene
-    poses: Tensor
-    cameras: Mapping[str, Camera]
-    extras: bool = False
-    _plans: dict[str, Plan] = field(init=False)
-    _graph: torch.cuda.CUDAGraph = field(init=False)
-    _held: tuple[object, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        check_batch(self.scene, self.poses, self.cameras)
-        device = self.rasterizer.device
-        self.poses = self.poses.to(device, torch.float32).clone(memory_format=torch.contiguous_format)
-        self._capture()
-
-    @torch.no_grad()
-    def _capture(self) -> None:
-        rasterizer = self.rasterizer
-        cameras = {name: _copied(camera) if len(camera) > 1 else camera for name, camera in self.cameras.items()}
-        plans = rasterizer.plan(self.scene, len(self.poses), cameras, self.extras, moving=True)
-        self._plans = rasterizer.draw_fitting(plans, self.poses)
-        torch.cuda.synchronize(rasterizer.device)
-        self._held = (rasterizer._arena, rasterizer._packed)  # the graph knows only their addresses
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            rasterizer.draw(self._plans, self.poses)
-
-    @torch.no_grad()
-    def __call__(
-        self, body_to_world: Tensor, cameras: Mapping[str, Camera] | None = None, *, check: bool = True
-    ) -> dict[str, Frames]:
-        """Draw again.
-
-        Args:
-            body_to_world: [B, M, 4, 4], B as recorded.
-            cameras: new poses and intrinsics of the cameras that have one pose for each environment.
-            check: make sure that all entries had room, and record again with more if not; synchronises. Without it the
-                caller has to call :meth:`fitted`.
-        """
-        self.poses.copy_(body_to_world)
-        for name, camera in (cameras or {}).items():
-            if len(camera) > 1:
-                self._plans[name].camera.world_to_camera.copy_(camera.world_to_camera)
-                self._plans[name].camera.K.copy_(camera.K)
-        self._graph.replay()
-        if check and not self.fitted():
-            self.cameras = {**self.cameras, **(cameras or {})}
-            self._capture()
-        return {name: plan.out for name, plan in self._plans.items() if plan.out is not None}
-
-    def fitted(self) -> bool:
-        """Whether all entries of the last call had room. Synchronises."""
-        return not self.rasterizer.grow(self._plans)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A camera as it was in the last call."""
-
-    camera: Camera
-    versions: tuple[int, int]
-    values: bytes
-
-    @staticmethod
-    def of(camera: Camera) -> _Seen:
-        return _Seen(camera, _versions(camera), _values(camera) if _cheap(camera) else b"")
-
-    def same(self, camera: Camera) -> bool:
-        if self.camera is camera and self.versions == _versions(camera):
-            return True
-        return _cheap(camera) and self.values == _values(camera)
-
-
-def _cheap(camera: Camera) -> bool:
-    """Whether a camera's values may be read each time."""
-    return len(camera) == 1 or not camera.world_to_camera.is_cuda
-
-
-def _copied(camera: Camera) -> Camera:
-    return Camera(camera.world_to_camera.clone(), camera.K.clone(), camera.width, camera.height)
-
-
-def _versions(camera: Camera) -> tuple[int, int]:
-    return camera.world_to_camera._version, camera.K._version
-
-
-def _values(camera: Camera) -> bytes:
-    numbers = torch.cat([camera.world_to_camera.flatten(), camera.K.flatten()]).float().cpu().numpy().tobytes()
-    return numbers + f"{camera.width}x{camera.height}".encode()
-
-
-def _allocate(count: int, camera: Camera, extras: bool, device: torch.device) -> Frames:
-    shape = (count, camera.height, camera.width)
-    rgb = torch.empty(*shape, 3, dtype=torch.uint8, device=device)
-    if not extras:
-        return Frames(rgb)
-    depth, alpha = (torch.empty(shape, device=device) for _ in range(2))
-    return Frames(rgb, depth, alpha, torch.empty(shape, dtype=torch.int16, device=device))
-
-
-def _check_size(name: str, camera: Camera) -> None:
-    if _tiles(camera) > MAX_TILES:
-        raise SceneError(
-            f"camera {name!r} is {camera.width} x {camera.height} pixels; the CUDA renderer draws at most "
-            f"{MAX_TILES * TILE * TILE / 1e6:.0f} million; use a smaller picture or rasterizer=gsplat"
-        )
-
-
-def _empty_layer(camera: Camera, device: torch.device) -> Layer:
-    shape = (len(camera), camera.height, camera.width)
-    color, opening = torch.empty(*shape, 4, device=device), torch.empty(*shape, 2, device=device)
-    return Layer(color, opening, torch.empty(*shape, 3, dtype=torch.uint8, device=device))
-
-
-def _scratch_sizes(mode: int, camera: Camera, bodies: int, chunks: int, room: int) -> dict[str, int]:
-    """Bytes for one environment of every scratch array of ``library.Args``."""
-    tiles = _tiles(camera)
-    lists = 2 if mode == LIVE else 1
-    return {
-        "keys": 8 * room,
-        "records": 32 * chunks * CHUNK,
-        "depths": 4 * chunks * CHUNK,
-        "views": 4 * VIEW * (bodies + 2),
-        "visible": 4 * chunks * WARPS,
-        "counts": 4 * lists * tiles,
-        "bases": 4 * chunks * tiles,
-        "starts": 4 * lists * tiles,
-        "queue": 4 * CLASSES * tiles,
-    }
-
-
-def _tiles(camera: Camera) -> int:
-    return -(-camera.width // TILE) * -(-camera.height // TILE)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 256) * 256
-
-
-def _address(tensor: Tensor, index: int) -> int:
-    """Of ``tensor[index]``; the tensor is contiguous."""
-    return tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size()

@@ -9,15 +9,19 @@
 
 namespace {
 
+constexpr int MAX_DEVICES = 64;
 constexpr int MAX_TALLY = 160 * 1024;  // bytes of shared memory for one counter a tile
 
 template <int MODE, bool EXTRAS>
 cudaError_t launch_raster(const Args& a, cudaStream_t stream) {
-    static int blocks = 0;  // as many as the device can hold at once
+    static int blocks_of[MAX_DEVICES];  // as many as the device can hold at once
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error || device >= MAX_DEVICES) return error ? error : cudaErrorInvalidDevice;
+    int& blocks = blocks_of[device];
     if (!blocks) {
-        int device, each, processors;
-        cudaError_t error = cudaGetDevice(&device);
-        if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        int each, processors;
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
         if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, raster<MODE, EXTRAS>, THREADS, 0);
         if (error) return error;
         blocks = each * processors;
@@ -39,13 +43,12 @@ cudaError_t launch_project(const Args& a, dim3 grid, cudaStream_t stream) {
 }
 
 cudaError_t launch_lists(const Args& a, dim3 grid, int write, cudaStream_t stream) {
-    static bool allowed = false;  // more shared memory than the default
-    if (!allowed) {
+    size_t bytes = tile_count(a) * sizeof(u32);
+    if (bytes > 32 * 1024) {  // more than the default must be asked for
         auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
         if (cudaError_t error = cudaFuncSetAttribute(list_tiles, attribute, MAX_TALLY)) return error;
-        allowed = true;
     }
-    list_tiles<<<grid, THREADS, tile_count(a) * sizeof(u32), stream>>>(a, write);
+    list_tiles<<<grid, THREADS, bytes, stream>>>(a, write);
     return cudaGetLastError();
 }
 

@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(THREADS) list_tiles(Args a, int write) {
     int list = a.mode == LIVE ? __ldg(&a.chunks[a.first_chunk + blockIdx.x].w) : 0;
     size_t first_list = ((size_t)environment * list_count(a) + list) * tiles;
     u32* bases = a.bases + block * tiles;
+    // Tiles without an entry of this chunk have no base; what is read there is not used.
     for (int t = threadIdx.x; t < tiles; t += THREADS) tally[t] = write ? a.starts[first_list + t] + bases[t] : 0;
     __syncthreads();
     const float4* records = a.records + 2 * block * CHUNK;

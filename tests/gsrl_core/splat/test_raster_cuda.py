@@ -8,9 +8,10 @@ from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
 from gsrl_core.splat.constants import ALPHA_MIN, EPS2D, FAR_PLANE, NEAR_PLANE
 from gsrl_core.splat.cuda import build, library, packing
+from gsrl_core.splat.cuda.recording import Recording
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
-from gsrl_core.splat.raster_cuda import CudaRasterizer, Recording
+from gsrl_core.splat.raster_cuda import CudaRasterizer
 from gsrl_core.splat.raster_gsplat import posed
 from gsrl_core.splat.raster_numba import NumbaRasterizer
 from gsrl_core.splat.scene import Scene
@@ -312,6 +313,18 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
     for _ in range(2):
         assert torch.equal(small.render(scene, poses, {"own": own})["own"].rgb, drawn[0])
     assert small._layers["own"][1] is None
+
+
+@on_gpu
+def test_pictures_of_many_tiles_equal_the_cpus():
+    scene, poses = make_scene(degree=0), make_poses(1)
+    camera = Camera(
+        look_at(torch.tensor([[0.5, 0.4, 0.8]]), torch.zeros(1, 3)), intrinsics(1500, 1500, 990, 570)[None], 2100, 1100
+    )
+    found = CudaRasterizer().render(scene, poses, {"c": camera}, extras=True)["c"]
+    expected = NumbaRasterizer().render(scene, poses, {"c": camera}, extras=True)["c"]
+    assert psnr(found.rgb, expected.rgb) > 55
+    assert (found.alpha.cpu() - expected.alpha).abs().mean() < 1e-3
 
 
 @on_gpu
