@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import time
 import uuid
@@ -35,6 +36,9 @@ _LARGER_STORE = "set GSRL_HOME to a folder on a larger disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Libraries that write files themselves lose the error number: safetensors keeps it in its text (Rust); torch says that
 # its archive or stream is not where it should be, numpy that a write was cut short.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
+_PLENTY = 1 << 30
+"""With more bytes free than this, a text alone is not believed to mean a full disk."""
 _FULL_TEXTS = re.compile(
     rf"\(os error ({'|'.join(map(str, _FULL))})\)|PytorchStreamWriter failed|inline_container\.cc.* unexpected pos"
     r"|iostream error|\d+ requested and \d+ written"
@@ -262,17 +266,19 @@ def full_disk_is_an_error(folder: Path, otherwise: str = "choose a folder on a l
     except GsrlError:
         raise
     except Exception as error:
-        if (why := _full_disk_reason(error)) is None:
+        if (why := _full_disk_reason(error, folder)) is None:
             raise
         raise ArtifactError(_full_disk_message(folder, f"writing failed: {why}", otherwise)) from error
 
 
-def _full_disk_reason(error: BaseException) -> str | None:
+def _full_disk_reason(error: BaseException, folder: Path) -> str | None:
     """What the system said if ``error``, or what it was raised from, is a write that did not fit; else None."""
     chain = list(_chain(error))
     numbered = [cause for cause in chain if isinstance(cause, OSError) and cause.errno is not None]
     if numbered:  # a number is certain, texts are not
         return next((cause.strerror for cause in numbered if cause.errno in _FULL), None)
+    if _free(folder) > _PLENTY and resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY:
+        return None
     return next((str(cause) for cause in chain if _FULL_TEXTS.search(str(cause))), None)
 
 
@@ -280,7 +286,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and what it was raised from, or while handling."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -301,13 +307,27 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to the file ``source``, or a copy where that is impossible."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(source, target)
+
+
 def _full_disk_message(folder: Path, what: str, otherwise: str) -> str:
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    free = shutil.disk_usage(existing).free
     return (
-        f"the disk of {folder} is full ({what}; {free / 2**20:.0f} MiB free); nothing half-written was kept: free some "
-        f"space, or {otherwise}, and run again"
+        f"the disk of {folder} is full ({what}; {_free(folder) / 2**20:.0f} MiB free); nothing half-written was kept: "
+        f"free some space, or {otherwise}, and run again"
     )
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where ``folder`` is or would be."""
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    return shutil.disk_usage(existing).free
 
 
 def _is_owned(lock: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,15 @@ from gsrl_core.errors import ConfigError
 from gsrl_core.sections import PipelineConfig, Section
 
 PRESETS = ("full", "one-gpu", "cluster", "laptop")
+
+
+class _Values(yaml.SafeLoader):
+    """YAML in which 1e-5 and 2e4 are numbers, as everywhere else; YAML 1.1 wants a dot in them."""
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def config_dir() -> Path:
@@ -53,7 +63,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"--set {text!r}: expected key=value, for example --set ppo.learning_rate=1e-5")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
+            overrides[key.strip()] = yaml.load(value, _Values)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error})") from error
     return overrides

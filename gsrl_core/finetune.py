@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsrl_core import states
 from gsrl_core.artifacts import JsonScalar, digest_folder, write_bytes, write_json
 from gsrl_core.config import section_digest
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment
 from gsrl_core.errors import ConfigError, TrainingError
 from gsrl_core.interfaces import Reporter
-from gsrl_core.policy import files
 from gsrl_core.rl.rollout import EpisodeStats
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.team import Team, training_seeds, validation_seeds
@@ -66,7 +66,7 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     workspace.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(checkpoint, scene, config)
-    saved = load_state(workspace / "checkpoint.pt", fingerprint, config.ppo.iterations)
+    saved = load_progress(workspace / "checkpoint.pt", fingerprint, config.ppo.iterations)
     history: History = saved["history"] if saved else []
     team = Team(embodiment or SplatEmbodiment(checkpoint, scene, config), config)
     try:
@@ -85,20 +85,17 @@ def finetune(
     return _facts(history)
 
 
-def load_state(path: Path, fingerprint: str, iterations: int) -> dict[str, Any] | None:
-    """What :func:`save_state` wrote, or None if there is nothing.
+def load_progress(path: Path, fingerprint: str, iterations: int) -> dict[str, Any] | None:
+    """What :func:`save_progress` wrote, or None if there is nothing that can be read.
 
     Raises:
-        TrainingError: it cannot be read, belongs to other inputs, or is further than asked for.
+        TrainingError: it belongs to other inputs, or is further than asked for.
     """
-    if not path.is_file():
+    saved = states.load_state(path, ("fingerprint", "history", "state"))
+    if saved is None:
         return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found, done = saved["fingerprint"], len(saved["history"])
-    except Exception as error:
-        raise TrainingError(f"{path} cannot be read ({error}); delete it to start over") from error
-    if found != fingerprint:
+    done = len(saved["history"])
+    if saved["fingerprint"] != fingerprint:
         raise TrainingError(
             f"{path} belongs to a run with another checkpoint, scene or settings; use another workspace, or delete it "
             "to start over"
@@ -108,9 +105,9 @@ def load_state(path: Path, fingerprint: str, iterations: int) -> dict[str, Any] 
     return saved
 
 
-def save_state(path: Path, fingerprint: str, history: History, state: Mapping[str, Any]) -> None:
+def save_progress(path: Path, fingerprint: str, history: History, state: Mapping[str, Any]) -> None:
     """Write the state of training whole or not at all."""
-    files.save_state(path, {"fingerprint": fingerprint, "history": history, "state": dict(state)})
+    states.save_state(path, {"fingerprint": fingerprint, "history": history, "state": dict(state)})
 
 
 def _train(
@@ -131,7 +128,7 @@ def _train(
         success = metrics["env/success_once"]
         reporter.progress((iteration + 1) / total, f"iteration {iteration + 1}/{total}, success {success:.2f}")
         if (iteration + 1) % config.ppo.checkpoint_every == 0 or iteration + 1 == total:
-            save_state(path, fingerprint, history, team.training_state())
+            save_progress(path, fingerprint, history, team.training_state())
 
 
 def _iterate(team: Team, config: PipelineConfig, iteration: int) -> dict[str, float]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from pathlib import Path
 
-from gsrl_core.artifacts import Artifact, Store, digest_file, digest_folder
+from gsrl_core.artifacts import Artifact, Store, digest_file, digest_folder, link_or_copy
 from gsrl_core.errors import ArtifactError, CaptureError, HubError
 
 BUNDLED = "bundled:"
 """Prefix of references to what ships with the project."""
 
 _IGNORED = {".git", ".gitattributes", ".cache", "__pycache__"}
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 
 
 def bundled_folder(reference: str) -> Path:
@@ -44,15 +42,25 @@ def locate_capture(reference: str) -> Path:
 
 def copy_capture(source: Path, out: Path) -> int:
     """Copy photos, or one video with the markers.json beside it, into ``out``; returns the number of files."""
-    from gsrl_core.capture.markers import MARKERS_FILE
-
     if source.is_file():
-        for file in (source, source.with_name(MARKERS_FILE)):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        for file in _video_files(source):
+            shutil.copyfile(file, out / file.name)
     else:
         copy_folder(source, out)
     return sum(path.is_file() for path in out.rglob("*"))
+
+
+def capture_digest(source: Path) -> str:
+    """Digest of all that :func:`copy_capture` copies."""
+    if source.is_dir():
+        return digest_folder(source)
+    return " ".join(digest_file(file) for file in _video_files(source))
+
+
+def _video_files(video: Path) -> list[Path]:
+    from gsrl_core.capture.markers import MARKERS_FILE
+
+    return [file for file in (video, video.with_name(MARKERS_FILE)) if file.is_file()]
 
 
 def import_folder(folder: Path, kind: str, store: Store) -> Artifact:
@@ -62,11 +70,6 @@ def import_folder(folder: Path, kind: str, store: Store) -> Artifact:
     with store.building(kind) as out:
         copy_folder(folder, out)
         return store.commit(kind, out, {"reference": str(folder)})
-
-
-def digest_path(path: Path) -> str:
-    """Digest of a folder's content or of a file."""
-    return digest_folder(path) if path.is_dir() else digest_file(path)
 
 
 def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
@@ -83,13 +86,3 @@ def copy_folder(source: Path, target: Path, *, link: bool = False) -> None:
                 link_or_copy(path.resolve(), target / relative)
             else:
                 shutil.copyfile(path, target / relative)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to the file ``source``, or a copy where that is impossible."""
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        shutil.copyfile(source, target)

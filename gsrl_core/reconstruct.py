@@ -32,7 +32,7 @@ from gsrl_core.splat.shape import NEEDLE_RANK, effective_rank
 
 QUALITY = "quality.json"
 WORKSPACE = ".work"
-"""Folder inside ``out`` that holds unfinished work; it is gone when ``quality.json`` is complete."""
+"""Folder inside ``out`` that holds unfinished work; while it is there, the other files are of an earlier result."""
 PICTURES_SHOWN = 6
 _CAPTURE_SHARE, _FIT_SHARE = 0.15, 0.8
 
@@ -47,9 +47,9 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Fit a scene to a folder of photos or a video; called again after a crash, it goes on where it was.
 
-    Writes ``scene.ply``, ``images/`` and ``transforms.json`` with ``sparse_points.ply``, all in one frame (the robot's
-    base in metres if known tags tell it, else that of the scan: ``quality.json`` names it), ``photo_render.png`` and,
-    last, ``quality.json``.
+    Writes ``scene.ply``, ``images/`` and ``transforms.json`` with ``sparse_points.ply``, all in one frame that
+    ``quality.json`` names under ``scale`` (the robot's base or the table, in metres, as far as tags tell it; else that
+    of the scan), ``photo_render.png`` and, last, ``quality.json``.
 
     Args:
         photos: folder of photos, optionally with markers.json, or a video file.

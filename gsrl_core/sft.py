@@ -22,13 +22,14 @@ from gsrl_core.policy.card import model_card
 from gsrl_core.policy.checkpoint import load_network, load_tokenizer, read_config, read_norm_stats, write_checkpoint
 from gsrl_core.policy.config import preset
 from gsrl_core.policy.demonstrations import Demonstrations, load_demonstrations, split_rows
-from gsrl_core.policy.files import save_state
+from gsrl_core.policy.files import require_replaceable
 from gsrl_core.policy.flow import flow_matching_target, sample_training_time
 from gsrl_core.policy.frames import FrameSet, augment
 from gsrl_core.policy.pi05 import Pi05, initialise
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, Normalizer
 from gsrl_core.sections import SftConfig
+from gsrl_core.states import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ def train_sft(
         Facts: steps, held_out_loss (None with fewer than 20 episodes), steps per second, counts.
 
     Raises:
-        CheckpointError: ``init`` or ``model`` cannot be used.
+        CheckpointError: ``init`` or ``model`` cannot be used, or ``out`` cannot be replaced.
         TrainingError: no demonstrations, non-finite loss, or a workspace of another run.
     """
     workspace = workspace or out.with_name(out.name + ".work")
+    require_replaceable(out)
     demonstrations = load_demonstrations(demos)
     inputs = {"demos": digest_folder(demos), "init": digest_folder(init) if init else model}
     parts = _start(init, model, config, demonstrations, device)
@@ -222,7 +224,8 @@ class _Trainer:
         save_state(self._state_path, state)
 
     def _resume(self) -> None:
-        if (state := self._read_state()) is None:
+        state = load_state(self._state_path, ("key", "step", "network", "average", "optimizer"), self.device)
+        if state is None:
             return
         if state["key"] != self._key:
             changed = sorted(name for name in self._key if state["key"].get(name) != self._key[name])
@@ -234,18 +237,6 @@ class _Trainer:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-
-    def _read_state(self) -> dict[str, Any] | None:
-        if not self._state_path.is_file():
-            return None
-        try:
-            state = torch.load(self._state_path, map_location=self.device, weights_only=True)
-            if not {"key", "step", "network", "average", "optimizer"} <= set(state):
-                raise ValueError("it lacks entries")
-        except Exception as error:  # torch.load raises a dozen classes for torn files
-            logger.warning("%s cannot be read (%s): training starts anew", self._state_path, error)
-            return None
-        return state
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -10,7 +10,7 @@ from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.stage import Build, Result, Stage, run_stage
 
-CAPTURE = Stage("capture", "capture")
+CAPTURE = Stage("capture", "capture", modules=("gsrl_core.folders",))
 GSENV = Stage("gsenv-assets", "dataset")
 
 
@@ -22,7 +22,7 @@ def fetch_capture(config: PipelineConfig, parent_run_id: str) -> Result:
     def body(build: Build) -> dict[str, str | int]:
         return {"files": folders.copy_capture(source, build.out)}
 
-    return run_stage(CAPTURE, config, {}, body, parent_run_id, identity={"content": folders.digest_path(source)})
+    return run_stage(CAPTURE, config, {}, body, parent_run_id, identity={"content": folders.capture_digest(source)})
 
 
 @task(name="fetch-gsenv-assets", **options.FETCH)

@@ -37,7 +37,7 @@ GPU_LIMIT = "gpu"
 _ROOT = Path(gsrl_core.__file__).parent
 _MODULE_NAME = re.compile(r"^gsrl_core(\.\w+)+$")
 # Values are keyed by section; the rest of these cannot change what a stage computes.
-_NOT_CODE = {"gsrl_core.config", "gsrl_core.errors", "gsrl_core.artifacts"}
+_NOT_CODE = {"gsrl_core.config", "gsrl_core.sections", "gsrl_core.errors", "gsrl_core.artifacts"}
 
 _PACKAGES = {
     "PIL": "pillow", "av": "av", "cv2": "opencv-python", "franky": "franky-control", "franky_sim": "franky-sim",

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gsrl_core.artifacts import link_or_copy
 from gsrl_core.errors import CheckpointError
-from gsrl_core.folders import link_or_copy
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,18 +40,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_state(path: Path, state: object) -> None:
-    """``torch.save`` whole or not at all, on the disk when it returns; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def require_replaceable(folder: Path) -> Path:
+    """The folder behind ``folder`` (links followed), which can be exchanged for another by renaming.
+
+    Raises:
+        CheckpointError: it is a mount point or the working directory, or its parent cannot be written to.
+    """
+    folder = folder.resolve()
+    if folder == Path.cwd() or folder.is_mount():
+        raise CheckpointError(f"{folder} is the working directory or a mount point; name a folder inside it")
+    parent = next(path for path in folder.parents if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{parent} cannot be written to; choose another folder")
+    return folder
 
 
 @contextmanager
@@ -60,8 +61,11 @@ def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
 
     What ``folder`` held beside the entries named ``own`` comes along. Killed at any moment, ``folder`` is the old one
     or the new one; between two renames it is missing for an instant, with both whole beside it under hidden names.
+
+    Raises:
+        CheckpointError: ``folder`` cannot be replaced (see :func:`require_replaceable`).
     """
-    folder = folder.absolute()
+    folder = require_replaceable(folder)
     fresh, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
     fresh.mkdir(parents=True)
     try:

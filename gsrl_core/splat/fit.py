@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.quality import photometric_loss, psnr
 from gsrl_core.splat.shape import needle_penalty
+from gsrl_core.states import load_state, save_state
 
 METRICS_EVERY = 50
 FINAL_MEANS_RATE = 0.01
@@ -231,21 +230,11 @@ class _Loop:
             "generator": self.generator.get_state(), "initial": self.initial, "model": self.model.state(),
             "growth": {"score": self.growth.score, "seen": self.growth.seen},
         }  # fmt: skip
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_suffix(".partial")
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.checkpoint)
+        save_state(self.checkpoint, state)
 
     def _resume(self) -> bool:
-        if not self.checkpoint.is_file():
-            return False
-        try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            logger.warning("%s cannot be read (%s); the fit starts anew", self.checkpoint, error)
+        state = load_state(self.checkpoint, ("fingerprint", "step", "model", "growth"), self.device)
+        if state is None:
             return False
         if state["fingerprint"] != self.fingerprint:
             logger.info("%s is of another fit; this one starts anew", self.checkpoint)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numba
 from numba import config as numba_config
 
+_KEPT_SECONDS = 30 * 24 * 3600
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -30,13 +33,17 @@ def source_digest(folder: Path) -> str:
 def keep_machine_code(package: Path) -> None:
     """Let numba keep its machine code under ``package/__pycache__``, one folder for each state of the sources.
 
-    ``NUMBA_CACHE_DIR`` goes first; where nothing can be written, numba finds a place of its own.
+    Under ``NUMBA_CACHE_DIR`` instead, if that is set; where nothing can be written, numba finds a place of its own. The
+    folders of states not used for a month are removed.
     """
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return
-    folder = package / "__pycache__" / f"numba-{source_digest(package)}"
+    root = Path(os.environ.get("NUMBA_CACHE_DIR") or package / "__pycache__")
+    folder = root / f"numba-{source_digest(package)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder.touch()
+        for old in root.glob("numba-*"):
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
     except OSError:
         return
     numba_config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue]

@@ -50,7 +50,7 @@ def test_help_lists_every_command_and_is_quick(cli):
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.returncode == 0
     assert all(f" {command} " in done.stdout for command in COMMANDS)
-    assert min(seconds) < 1.5
+    assert min(seconds) < 1.0
     assert cli().stdout == done.stdout
 
 

@@ -237,7 +237,7 @@ from pathlib import Path
 import numpy as np, torch
 from gsrl_core.artifacts import full_disk_is_an_error, write_bytes
 from gsrl_core.errors import ArtifactError
-from gsrl_core.finetune import save_state
+from gsrl_core.states import save_state
 from gsrl_core.policy.files import save_tensors
 from gsrl_core.policy.demonstrations import Episode, write_shard
 out = Path(sys.argv[1])
@@ -245,7 +245,7 @@ big = torch.zeros(1_000_000)
 rows = np.zeros((100_000, 9), np.float32)
 writers = {
     "safetensors": lambda: save_tensors(out / "model.safetensors", {"a": big}),
-    "torch.save to a stream": lambda: save_state(out / "checkpoint.pt", "f", [], {"a": big}),
+    "torch.save to a stream": lambda: save_state(out / "checkpoint.pt", {"a": big}),
     "torch.save to a path": lambda: torch.save(big, out / "scratch" / "state.pt"),
     "numpy": lambda: write_shard(out, 0, [Episode(0, "go", {}, rows, rows)]),
     "python": lambda: write_bytes(out / "x", bytes(1_000_000)),

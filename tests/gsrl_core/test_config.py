@@ -62,9 +62,15 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_assignments_are_yaml_and_checked_as_what_their_key_is():
-    texts = ["ppo.learning_rate=1e-5", "ppo.target_kl=null", "assets.capture=./photos", "assets.revision='1234567'"]
+    texts = [
+        "ppo.learning_rate=1e-5",
+        "fit.steps=2e4",
+        "ppo.target_kl=null",
+        "assets.capture=./photos",
+        "assets.revision='1234567'",
+    ]
     loaded = config.load("laptop", config.parse_assignments(texts))
-    assert (loaded.ppo.learning_rate, loaded.ppo.target_kl) == (1e-5, None)
+    assert (loaded.ppo.learning_rate, loaded.fit.steps, loaded.ppo.target_kl) == (1e-5, 20_000, None)
     assert (loaded.assets.capture, loaded.assets.revision) == ("./photos", "1234567")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gsrl_core import folders
-from gsrl_core.artifacts import Store, digest_file
+from gsrl_core.artifacts import Store
 from gsrl_core.errors import ArtifactError, CaptureError, HubError
 
 
@@ -42,7 +42,12 @@ def test_captures(tmp_path, store):
     video.write_bytes(b"v")
     (tmp_path / "out").mkdir()
     assert folders.copy_capture(folders.locate_capture(str(video)), tmp_path / "out") == 1
-    assert folders.digest_path(video) == digest_file(tmp_path / "out" / "walk.mp4")
+    first = folders.capture_digest(video)
+    (tmp_path / "markers.json").write_text("{}")
+    with_tags = folders.capture_digest(video)
+    assert folders.copy_capture(video, tmp_path / "out") == 2
+    (tmp_path / "markers.json").write_text('{"size": 1}')
+    assert len({first, with_tags, folders.capture_digest(video)}) == 3
     assert folders.locate_capture("bundled").name == "capture_tabletop"
 
 

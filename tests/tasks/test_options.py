@@ -165,3 +165,11 @@ def test_the_drivers_reach_the_maths(module):
 )
 def test_only_a_broken_transfer_is_tried_again(error, again):
     assert options._broke_off(None, None, Failed(data=error)) is again
+
+
+def test_settings_code_and_unrelated_parts_repeat_no_training():
+    closure = options._closure("gsrl_core.finetune")
+    assert {"gsrl_core.rl.ppo", "gsrl_core.sim.world", "gsrl_core.splat.raster_numba"} <= closure
+    assert not [name for name in closure if name.startswith(("gsrl_core.capture", "gsrl_core.deploy"))]
+    assert "gsrl_core.sections" not in closure
+    assert not [name for name in options._closure("gsrl_core.reconstruct") if name.startswith("gsrl_core.deploy")]

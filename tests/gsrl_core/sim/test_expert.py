@@ -35,13 +35,15 @@ def test_expert_recovers_from_disturbed_actions():
     assert sum(success) >= 7
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sim_hz", "iterations"), [(500, 25), (100, 25), (100, 8)])
+@pytest.mark.parametrize(
+    ("sim_hz", "iterations"),
+    [(100, 8), pytest.param(100, 25, marks=pytest.mark.slow), pytest.param(500, 25, marks=pytest.mark.slow)],
+)
 def test_expert_succeeds_in_95_of_100_episodes(sim_hz, iterations):
     sim = sim_config(num_envs=20, workers=2, sim_hz=sim_hz, solver_iterations=iterations)
     success, length = play(sim, list(range(100)))
     assert sum(success) >= 95
-    assert max(length) <= 60
+    assert max(steps for steps, done in zip(length, success, strict=True) if done) <= 60
 
 
 def state(cube, tcp=(0.45, 0.0, 0.3), plate=(0.45, 0.0, 0.02), finger=0.04):

@@ -273,6 +273,8 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
         found = recording(poses, moved)
         assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
     assert torch.equal(on_device.world_to_camera.cpu(), views["own"].world_to_camera)
+    fresh = CudaRasterizer().render(scene, near, views)["own"].rgb
+    assert torch.equal(rasterizer.render(scene, near, views)["own"].rgb, fresh)
     rasterizer.render(make_scene(degree=0), near, views)  # what the graph reads must outlive this
     torch.cuda.empty_cache()
     assert torch.equal(recording(far, moved)["own"].rgb, expected["own"].rgb)
@@ -306,13 +308,13 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
         Camera(own.world_to_camera.flip(0), own.K, own.width, own.height),
     ):
         drawn.append(rasterizer.render(scene, poses, {"own": camera})["own"].rgb)
-        kept.append(rasterizer._layers["own"][1] is not None)
+        kept.append(rasterizer._known["own"].layer is not None)
     assert kept == [False, True, True, False]
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])
     small = CudaRasterizer(cache_bytes=1000)
     for _ in range(2):
         assert torch.equal(small.render(scene, poses, {"own": own})["own"].rgb, drawn[0])
-    assert small._layers["own"][1] is None
+    assert small._known["own"].layer is None
 
 
 @on_gpu
