@@ -8,6 +8,7 @@ it lets light through, exactly as ``raster_numba.NumbaRasterizer`` does it. Pict
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ from gsrl_core.splat.scene import Scene
 
 GROWTH = 1.25
 """Room for entries is made this much larger than what did not fit."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A camera of the last call."""
+
+    seen: Seen
+    camera: Camera
+    """On the device."""
+    layer: Layer | None
 
 
 class CudaRasterizer:
@@ -73,7 +84,7 @@ class CudaRasterizer:
         self._kernels = library.load()
         self._source: Scene | None = None
         self._packed: Packed | None = None
-        self._layers: dict[str, tuple[Seen, Layer | None]] = {}
+        self._known: dict[str, _Known] = {}
         self._room: dict[tuple[int, int, int], int] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -110,8 +121,11 @@ class CudaRasterizer:
         plans = {}
         for name, camera in cameras.items():
             check_size(name, camera)
-            layer = None if moving and len(camera) > 1 else self._layer(name, camera, count)
-            moved = self._on_device(camera)
+            if moving and len(camera) > 1:  # nothing to remember: its tensors will be overwritten
+                moved, layer = self._on_device(camera), None
+            else:
+                known = self._look_up(name, camera, count)
+                moved, layer = known.camera, known.layer
             out = allocate_frames(count, moved, extras, self.device)
             first = packed.static_chunks if layer else 0
             mode = OVER_LAYER if layer else LIVE
@@ -144,14 +158,13 @@ class CudaRasterizer:
 
     def grow(self, plans: Mapping[str, Plan]) -> bool:
         """Whether any environment had more entries than room; the next plan gets more. Synchronises."""
-        active = [plan for plan in plans.values() if len(plan.state)]
-        if not active:
-            return False
-        totals = torch.cat([plan.state[:, :1].amax(0) for plan in active]).tolist()
-        short = [(plan, total) for plan, total in zip(active, totals, strict=True) if total > plan.room]
-        for plan, total in short:
-            self._room[plan.key] = max(self._room.get(plan.key, 0), int(total * GROWTH) + 1)
-        return bool(short)
+        short = False
+        for plan in plans.values():
+            most = max((row[0] for row in plan.state.tolist()), default=0)
+            if most > plan.room:
+                short = True
+                self._room[plan.key] = max(self._room.get(plan.key, 0), int(most * GROWTH) + 1)
+        return short
 
     def held(self) -> tuple[object, ...]:
         """What enqueued work reads by its address, to be kept while it may run again."""
@@ -161,7 +174,7 @@ class CudaRasterizer:
         if self._source is not scene or self._packed is None:
             self._packed = pack(scene, self.device)
             self._source = scene
-            self._layers.clear()
+            self._known.clear()
             self._room.clear()
         return self._packed
 
@@ -169,21 +182,22 @@ class CudaRasterizer:
         view, K = (t.to(self.device, torch.float32).contiguous() for t in (camera.world_to_camera, camera.K))
         return Camera(view, K, camera.width, camera.height)
 
-    def _layer(self, name: str, camera: Camera, count: int) -> Layer | None:
-        seen, layer = self._layers.get(name, (None, None))
-        same = seen is not None and seen.same(camera)
-        if not same or layer is None:
+    def _look_up(self, name: str, camera: Camera, count: int) -> _Known:
+        known = self._known.get(name)
+        same = known is not None and known.seen.same(camera)
+        if known is None or not same or known.layer is None:
+            moved = known.camera if known is not None and same else self._on_device(camera)
             shared = len(camera) == 1 and count > 1
             small = LAYER_BYTES * len(camera) * camera.width * camera.height <= self.cache_bytes
-            layer = self._draw_layer(camera) if shared or (same and small) else None
-            self._layers[name] = (Seen.of(camera), layer)
-        return layer
+            layer = self._draw_layer(moved) if shared or (same and small) else None
+            known = self._known[name] = _Known(Seen.of(camera), moved, layer)
+        return known
 
     def _draw_layer(self, camera: Camera) -> Layer:
-        packed, moved, layer = self._packed, self._on_device(camera), empty_layer(camera, self.device)
+        packed, layer = self._packed, empty_layer(camera, self.device)
         assert packed is not None
         nowhere = torch.zeros(len(camera), packed.bodies, 4, 4, device=self.device)
-        plan = self._plan(STATIC_ONLY, moved, layer, None, (0, packed.static_chunks), len(camera))
+        plan = self._plan(STATIC_ONLY, camera, layer, None, (0, packed.static_chunks), len(camera))
         self.draw_fitting({"": plan}, nowhere)
         return layer
 
@@ -201,7 +215,7 @@ class CudaRasterizer:
         needed = sum(aligned(size * together) for size in sizes.values())
         if self._arena.numel() < needed:
             self._arena = torch.empty(needed, dtype=torch.uint8, device=self.device)
-        state = torch.zeros(passes, STATE, dtype=torch.int32, device=self.device)
+        state = torch.empty(passes, STATE, dtype=torch.int32, device=self.device)
         return Plan(mode, camera, layer, out, chunks, together, room, state)
 
     def _pass(self, plan: Plan, poses: Tensor, start: int, count: int, number: int) -> None:
