@@ -72,7 +72,9 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 __device__ __forceinline__ u32 lanes_below() { return (1u << lane_id()) - 1u; }
 __host__ __device__ __forceinline__ int tiles_x(const Args& a) { return (a.width + TILE - 1) / TILE; }
-__host__ __device__ __forceinline__ int tile_count(const Args& a) { return tiles_x(a) * ((a.height + TILE - 1) / TILE); }
+__host__ __device__ __forceinline__ int tile_count(const Args& a) {
+    return tiles_x(a) * ((a.height + TILE - 1) / TILE);
+}
 __host__ __device__ __forceinline__ int list_count(const Args& a) { return a.mode == LIVE ? 2 : 1; }
 
 // a b - c d without cancellation (Kahan).

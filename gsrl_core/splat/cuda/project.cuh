@@ -145,7 +145,8 @@ __device__ __forceinline__ float2 pack_color(float3 color) {
 
 // Whether no Gaussian of a run can pass the first test of project_one: its sphere lies behind the camera or beyond one
 // of the planes through the eye and an edge of the (enlarged) picture.
-__device__ __forceinline__ bool outside(const Args& a, const float* view, const Lens& lens, float4 sphere, float reach) {
+__device__ __forceinline__ bool outside(const Args& a, const float* view, const Lens& lens, float4 sphere,
+                                        float reach) {
     float x = view[0] * sphere.x + view[1] * sphere.y + view[2] * sphere.z + view[3];
     float y = view[4] * sphere.x + view[5] * sphere.y + view[6] * sphere.z + view[7];
     float z = view[8] * sphere.x + view[9] * sphere.y + view[10] * sphere.z + view[11];
