@@ -119,7 +119,8 @@ class SimConfig(Section):
     cameras: tuple[CameraConfig, ...] = (CameraConfig(),)
     render_downscale: int = Field(1, ge=1, le=16)
     """Pictures are rendered at width/n x height/n with the intrinsics scaled to match."""
-    rasterizer: Literal["auto", "numba", "gsplat"] = "auto"
+    rasterizer: Literal["auto", "numba", "gsplat", "cuda"] = "auto"
+    """numba (CPU), cuda (our kernels), gsplat (their reference); auto takes the fastest that runs here."""
     instruction: str = "pick up the cube and put it on the plate"
 
     @model_validator(mode="after")
