@@ -33,8 +33,8 @@ class SceneRasterizer(Protocol):
 def make_rasterizer(name: str) -> SceneRasterizer:
     """The rasteriser ``name``: numba (CPU), cuda (our kernels), gsplat (the reference on CUDA), or auto.
 
-    auto is numba without a CUDA device; with one it is cuda, or gsplat where our kernels can be neither built nor loaded
-    (a warning says why).
+    auto is numba without a CUDA device; with one it is cuda, or gsplat where our kernels can be neither built nor
+    loaded (a warning says why).
 
     Raises:
         SceneError: unknown name, or a rasteriser asked for where it cannot run.
