@@ -25,7 +25,8 @@ from gsrl_core.splat.scene import Scene
 
 _FIRST_PICTURE = 5.0
 _SILENCE = 1.0
-_QUEUED = 0.002
+_DRAINED = 8
+_PAUSE = 0.002
 _PLAUSIBLE_AGE = 5.0
 
 
@@ -106,7 +107,9 @@ class VideoCamera:
     """A V4L2 / UVC device through OpenCV, reduced to the size that the policy was trained on.
 
     A driver hands out its oldest buffer first, so a picture that is fetched when it is needed is several periods old.
-    A thread fetches all the time instead and keeps the newest, with the time at which it was taken.
+    A thread fetches all the time instead and keeps the newest, with the time at which it was taken: the driver's own
+    stamp where there is one (V4L2), else the time at which the driver handed the picture out. What may have waited in
+    the driver's queue while the device was opened is thrown away.
     """
 
     def __init__(
@@ -139,7 +142,8 @@ class VideoCamera:
         self._lock = threading.Condition()
         self._newest: tuple[NDArray[np.uint8], float] | None = None
         self._problem: str | None = None
-        self._closing = False
+        self._cause: Exception | None = None
+        self._closing = threading.Event()
         self._capture: Any = (open_capture or cv2.VideoCapture)(device)
         if measured is not None:
             self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, measured.width)
@@ -157,7 +161,7 @@ class VideoCamera:
             if measured is None:
                 CameraCalibration(*delivered, np.eye(3), np.eye(4)).resized(contract.width, contract.height)
             self._size = bgr.shape
-        except SafetyError:
+        except BaseException:
             self.close()
             raise
 
@@ -176,7 +180,7 @@ class VideoCamera:
 
     def close(self) -> None:
         """Release the device."""
-        self._closing = True
+        self._closing.set()
         self._thread.join(_SILENCE)
         # Releasing a device under a read that hangs can crash; it then goes with the process.
         if not self._thread.is_alive():
@@ -188,7 +192,7 @@ class VideoCamera:
             if self._problem is not None:
                 raise SafetyError(
                     f"camera {self._device}: {self._problem}; check device and cable, or dry-run with --camera scene"
-                )
+                ) from self._cause
             if self._newest is None:
                 raise SafetyError(f"camera {self._device}: got no picture within {seconds:g} s; check device and mode")
             age = time.monotonic() - self._newest[1]
@@ -197,23 +201,33 @@ class VideoCamera:
             return self._newest
 
     def _grab(self) -> None:
-        while not self._closing:
-            asked = time.monotonic()
-            delivered = self._capture.grab()
-            stamp = self._taken_at(time.monotonic())
-            # Given at once, it lay in the driver's queue for an unknown time: go on to one that had to be waited for.
-            queued = stamp is None and time.monotonic() - asked < _QUEUED
-            if delivered and queued:
-                continue
-            delivered, bgr = self._capture.retrieve() if delivered else (False, None)
+        try:
+            queued = _DRAINED
+            # The pause bounds the load of a backend that never waits; a picture that comes meanwhile is queued.
+            while not self._closing.wait(_PAUSE):
+                fetched = self._fetched()
+                if queued > 0:
+                    queued -= 1
+                    continue
+                with self._lock:
+                    self._newest = fetched
+                    self._lock.notify_all()
+        except Exception as error:  # whatever it is: the reader must learn why there are no more pictures
             with self._lock:
-                if delivered:
-                    self._newest = (bgr, time.monotonic() if stamp is None else stamp)
-                else:
-                    self._problem = "got no picture"
+                self._problem, self._cause = str(error) or type(error).__name__, error
                 self._lock.notify_all()
-            if not delivered:
-                return
+
+    def _fetched(self) -> tuple[NDArray[np.uint8], float]:
+        delivered = self._capture.grab()
+        # Before the picture is decoded, which takes milliseconds.
+        grabbed = time.monotonic()
+        if not delivered:
+            raise SafetyError("got no picture")
+        stamp = self._taken_at(grabbed)
+        delivered, bgr = self._capture.retrieve()
+        if not delivered:
+            raise SafetyError("got a picture that could not be decoded")
+        return bgr, grabbed if stamp is None else stamp
 
     def _taken_at(self, now: float) -> float | None:
         # V4L2 drivers stamp their buffers with the monotonic clock; other backends give something else or nothing.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ class PolicyClient:
 
         Raises:
             WorkerError: no server, wrong key, or no metadata in time.
+            PackageError: the metadata is no msgpack. The connection is closed before either is raised.
         """
         self._address = f"{host}:{port}"
         self._timeout = timeout
@@ -45,7 +47,8 @@ class PolicyClient:
             raise WorkerError(
                 f"policy server {self._address}: {error or type(error).__name__}; start `real2sim2real serve` there"
             ) from error
-        self.metadata: dict[str, Any] = wire.unpack(self._received())
+        with self._closed_on_failure():
+            self.metadata: dict[str, Any] = wire.unpack(self._received())
 
     def __enter__(self) -> Self:
         return self
@@ -78,10 +81,11 @@ class PolicyClient:
         """Ask for one chunk.
 
         Raises:
-            WorkerError: the server refused the request (with its own words), died, or did not answer in time. The
-                connection is closed then: a late answer must not be taken for that of the next request.
+            WorkerError: the server refused the request (with its own words), died, or did not answer in time.
+            PackageError: the request cannot be packed, or the answer is no msgpack. The connection is closed before
+                either is raised: a late answer must not be taken for that of the next request.
         """
-        with self._lock:
+        with self._lock, self._closed_on_failure():
             try:
                 self._connection.send(wire.pack(dict(request)))
             except (OSError, WebSocketException) as error:
@@ -92,11 +96,18 @@ class PolicyClient:
         """Close the connection; an answer that another thread waits for ends with WorkerError."""
         self._connection.close()
 
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._connection.close()
+            raise
+
     def _received(self) -> bytes:
         try:
             message = self._connection.recv(self._timeout)
         except TimeoutError as error:
-            self._connection.close()
             raise WorkerError(f"policy server {self._address}: no answer within {self._timeout:g} s") from error
         except (OSError, WebSocketException) as error:
             raise self._lost(error) from error

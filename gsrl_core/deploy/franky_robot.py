@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -41,7 +41,7 @@ class FrankyRobot:
     realtime: bool = True
     """Demand a real-time kernel; off for the emulator."""
     _lock: Any = field(default_factory=threading.Lock, init=False)
-    """Of tracker and clock: the loop, the thread that asks the policy and the watchdog use them."""
+    """Of tracker, clock and wishes to the hand: the loop, the policy's thread and the watchdog use them."""
     _tracker: Any = field(default=None, init=False)
     _watchdog: Watchdog | None = field(default=None, init=False)
     _clock: float = field(default=-1.0, init=False)
@@ -95,11 +95,13 @@ class FrankyRobot:
 
         Args:
             q: where to.
-            check: is shown every state on the way and stops the arm by raising (monitors, dead-man switch).
+            check: is shown every state on the way and stops the arm by raising (monitors, dead-man switch). A watchdog
+                stops the arm when it does not return for ``stream_timeout`` of the limits.
             speed: share of the arm's dynamic limits.
 
         Raises:
-            SafetyError: outside the joint range, refused by ``check``, or the motion was aborted.
+            SafetyError: outside the joint range, refused by ``check``, stopped by the watchdog, or the motion was
+                aborted.
         """
         if (q < self.q_range[0]).any() or (q > self.q_range[1]).any():
             raise SafetyError(f"start pose {np.round(q, 3).tolist()} is outside the joint range of this arm")
@@ -107,15 +109,34 @@ class FrankyRobot:
         goal = self._franky.JointMotion(self._franky.JointState(list(q)), relative_dynamics_factor=speed)
         try:
             with self._named("the move to the start pose was aborted"):
-                self._robot.move(goal, asynchronous=True)
-                while not self._robot.join_motion(READING_PERIOD):
-                    check(self.read())
+                self._travel(goal, check)
         except BaseException as error:
             self._halt(error)
             raise
         away = float(np.abs(wait_at_rest(self.read, check).q - q).max())
         if away > _ARRIVED:
             raise SafetyError(f"the arm stopped {away:.3f} rad away from the start pose; check for contact")
+
+    def _travel(self, goal: Any, check: Callable[[RobotState], None]) -> None:
+        # The arm goes on by itself: while this thread hangs, nobody would notice a released dead-man switch.
+        limit = self.limits.stream_timeout
+        stalled = SafetyError(
+            f"robot {self.host}: no check of its state for {limit:g} s on its way to the start pose: the watchdog "
+            "stopped the arm. Is this computer too busy?"
+        )
+        watchdog = Watchdog(limit, lambda: self._halt(stalled))
+        try:
+            with closing(watchdog):
+                self._robot.move(goal, asynchronous=True)
+                while watchdog.waited is None and not self._robot.join_motion(READING_PERIOD):
+                    check(self.read())
+                    watchdog.feed()
+        except self._failures as error:
+            if watchdog.waited is not None:
+                raise stalled from error
+            raise
+        if watchdog.waited is not None:
+            raise stalled
 
     def read(self) -> RobotState:
         """The newest state of the arm and the last known one of the hand; does not wait for the hand.
@@ -172,11 +193,7 @@ class FrankyRobot:
             SafetyError: control was lost (reflex, user stop, network, stream watchdog); the cause is in the text.
         """
         tracker, watchdog = self._tracker, self._watchdog
-        if watchdog is not None and watchdog.waited is not None:
-            raise SafetyError(
-                f"no setpoint for {watchdog.waited:.2f} s (limit {self.limits.stream_timeout:g} s): the stream "
-                "watchdog stopped the arm. Is this computer too busy?"
-            )
+        self._check_fed()
         if tracker is None or watchdog is None:
             raise SafetyError("begin() must be called before command()")
         if not tracker.is_running:
@@ -193,24 +210,32 @@ class FrankyRobot:
         """Move to (opening) or grasp at (closing) a width [m]; a busy hand gets the newest wish when it is free.
 
         Raises:
-            SafetyError: the hand is lost, or an earlier command failed.
+            SafetyError: the hand is lost, an earlier command failed, or the stream watchdog stopped arm and hand.
         """
-        try:
-            self._hand.wish(width)
-        except SafetyError as error:
-            raise SafetyError(f"robot {self.host}: {error}") from error
+        # One piece: the watchdog withdraws a wish that was let through before it expired, and none comes after.
+        with self._lock:
+            self._check_fed()
+            try:
+                self._hand.wish(width)
+            except SafetyError as error:
+                raise SafetyError(f"robot {self.host}: {error}") from error
 
     def stop(self) -> None:
-        """End the tracker with a damped stop; errors while stopping are reported after control is given up."""
+        """Halt the hand and end the tracker with a damped stop; what goes wrong is reported after control is given up.
+
+        A wish that the hand has not been sent is withdrawn; an object that it holds stays held.
+        """
         watchdog = self._watchdog
         try:
-            self._stop_tracker()
+            self._stop_motion()
         finally:
             if watchdog is not None:
                 watchdog.close()
+                self._watchdog = None
 
-    def _stop_tracker(self) -> None:
+    def _stop_motion(self) -> None:
         with self._lock:
+            self._hand.halt()
             tracker, self._tracker = self._tracker, None
         if tracker is not None:
             with self._named("stopped with"):
@@ -219,10 +244,19 @@ class FrankyRobot:
     def _starved(self) -> None:
         # In the watchdog's thread: the loop learns of it from command(), and of the arm's state from read().
         with suppress(SafetyError):
-            self._stop_tracker()
+            self._stop_motion()
+
+    def _check_fed(self) -> None:
+        watchdog = self._watchdog
+        if watchdog is not None and watchdog.waited is not None:
+            raise SafetyError(
+                f"no setpoint for {watchdog.waited:.2f} s (limit {self.limits.stream_timeout:g} s): the stream "
+                "watchdog stopped arm and hand. Is this computer too busy?"
+            )
 
     def _halt(self, reason: BaseException) -> None:
         # Smoothly if the motion can still be replaced, else by the arm's own stop.
+        self._hand.halt()
         try:
             if self._robot.is_in_control:
                 self._robot.move(self._franky.JointStopMotion(), asynchronous=True)

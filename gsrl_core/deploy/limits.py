@@ -115,7 +115,9 @@ class SafetyLimits(BaseModel):
     error_clip_rotation: float = Field(0.35, gt=0, le=0.5)
     """The same for orientation [rad]."""
     stream_timeout: float = Field(0.25, ge=0.05, le=2.0)
-    """Without a setpoint for this long the stream watchdog stops the arm, whatever the control loop does [s]."""
+    """Without a setpoint for this long the stream watchdog stops the arm, whatever the control loop does [s].
+
+    On the way to the start pose: without a check of monitors and dead-man switch."""
     min_success_rate: float = Field(0.8, ge=0, le=1)
     """Share of control packets that must arrive while in motion."""
     translational_stiffness: float = Field(800.0, ge=10, le=3000)

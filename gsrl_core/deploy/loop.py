@@ -90,7 +90,8 @@ def run_episode(
         camera: calibrated as the contract says.
         contract: of the package.
         log: filled in place.
-        permit: dead-man switch, asked before every setpoint; false stops the arm. Not asked in a dry run.
+        permit: dead-man switch, asked before every setpoint and command to the hand; false stops both. Not asked in a
+            dry run.
         max_steps: control steps (default: the contract's).
         dry_run: compute and log everything, move nothing.
 
@@ -142,7 +143,7 @@ class _Episode:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def run(self, max_steps: int) -> None:
-        self.envelope.start(wait_at_rest(self.robot.read))
+        self.envelope.start(wait_at_rest(self.robot.read, lambda state: self._check_permit()))
         self.log.start = self.envelope.target.tolist()
         if not self.dry_run:
             self.robot.begin()
@@ -151,8 +152,6 @@ class _Episode:
             chunk = self._next_chunk()
             for action in chunk[: min(self.contract.action_chunk, max_steps - len(self.log.steps))]:
                 decision = self.envelope.step(action, self.robot.read())
-                if not self.dry_run:
-                    self.robot.grip(decision.width)
                 state = self._stream(decision)
                 self._record(action, decision, state)
         if not self.dry_run:
@@ -215,11 +214,13 @@ class _Episode:
                 return
 
     def _stream(self, decision: Decision) -> RobotState:
-        for setpoint in decision.setpoints:
+        # The hand gets its command with the first setpoint: after monitors and permit, as the arm does.
+        state = self._send(decision.setpoints[0], decision.width)
+        for setpoint in decision.setpoints[1:]:
             state = self._send(setpoint)
         return state
 
-    def _send(self, setpoint: Setpoint) -> RobotState:
+    def _send(self, setpoint: Setpoint, width: float | None = None) -> RobotState:
         # Waiting comes first, so that what was computed since the last setpoint does not delay this one.
         time.sleep(max(0.0, self._due - time.monotonic()))
         state = self.robot.read()
@@ -228,15 +229,20 @@ class _Episode:
         if self._streamed is not None:
             error = pose_error(self._streamed.pose, state.base_from_tcp)
             self.log.tracking_mm.append(1000.0 * float(np.linalg.norm(error[:3])))
+        self._check_permit()
         if not self.dry_run:
-            if not self.permit():
-                raise SafetyError("the dead-man switch was released; the arm was stopped")
             self.robot.command(setpoint)
+            if width is not None:
+                self.robot.grip(width)
             self._streamed = setpoint
         self.log.late_ms.append(1000.0 * max(0.0, now - self._due))
         # A late setpoint moves the schedule: catching up would replay the motion faster than it was planned.
         self._due = max(self._due, now) + 1.0 / self.envelope.limits.stream_hz
         return state
+
+    def _check_permit(self) -> None:
+        if not self.dry_run and not self.permit():
+            raise SafetyError("the dead-man switch was released; the arm was stopped")
 
     def _check_alive(self, picture: Picture, state: RobotState) -> None:
         digest = zlib.crc32(picture.rgb.tobytes())

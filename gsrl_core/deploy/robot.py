@@ -76,7 +76,10 @@ class Robot(Protocol):
         ...
 
     def stop(self) -> None:
-        """Bring the arm to rest and give up control; safe to call at any time, also twice."""
+        """Bring arm and hand to rest and give up control; safe to call at any time, also twice.
+
+        A wish that the hand has not yet begun to fulfil is withdrawn; what it holds stays held.
+        """
         ...
 
 

@@ -18,8 +18,9 @@ PERIOD = 0.04
 class Device:
     """Takes a picture every PERIOD, whose blue value is its number; the queue holds four and drops what is newer."""
 
-    def __init__(self, size=(48, 64), stamped=True):
-        self.size, self.stamped = size, stamped
+    def __init__(self, size=(48, 64), stamped=True, decoding=0.0):
+        self.size, self.stamped, self.decoding = size, stamped, decoding
+        self.failure = None
         self.queue, self.arrived = deque(), threading.Condition()
         self.taken, self.running, self.released = [], True, False
         self.last = None
@@ -41,6 +42,8 @@ class Device:
         return 1000.0 * self.taken[self.last] if self.stamped else 0.0
 
     def grab(self):
+        if self.failure:
+            raise self.failure
         with self.arrived:
             if not self.arrived.wait_for(lambda: self.queue, 0.5):
                 return False
@@ -48,6 +51,7 @@ class Device:
         return True
 
     def retrieve(self):
+        time.sleep(self.decoding)
         picture = np.zeros((*self.size, 3), np.uint8)
         picture[..., 0] = self.last  # blue of BGR
         return True, picture
@@ -80,6 +84,54 @@ def test_a_picture_is_the_newest_and_its_stamp_is_when_it_was_taken(stamped):
     assert picture.rgb.shape == (24, 32, 3)
     camera.close()
     assert device.released
+
+
+def test_without_a_stamp_of_the_driver_decoding_does_not_make_a_picture_younger():
+    device = Device(stamped=False, decoding=0.6 * PERIOD)
+    camera = opened(device, measured())
+    time.sleep(3 * PERIOD)
+    picture = camera.read()
+    assert 0.0 <= picture.stamp - device.taken[int(picture.rgb[0, 0, 2])] < 0.4 * PERIOD
+    camera.close()
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_what_was_queued_while_the_device_was_opened_is_thrown_away(stamped):
+    device = Device(stamped=stamped)
+    time.sleep(8 * PERIOD)
+    queued_until = time.monotonic()
+    camera = opened(device, measured())
+    assert device.taken[int(camera.read().rgb[0, 0, 2])] > queued_until
+    camera.close()
+
+
+def test_what_goes_wrong_in_the_thread_is_the_cause_that_the_reader_sees():
+    device = Device()
+    camera = opened(device, measured())
+    device.failure = MemoryError("no buffer")
+    camera._thread.join(1.0)
+    with pytest.raises(SafetyError, match="no buffer") as raised:
+        camera.read()
+    assert raised.value.__cause__ is device.failure
+    camera.close()
+    assert device.released
+
+
+def test_a_device_that_never_waits_does_not_make_the_thread_spin():
+    class Eager(Device):
+        grabbed = 0
+
+        def grab(self):
+            self.grabbed += 1
+            self.last = 0
+            return True
+
+    device = Eager(stamped=False)
+    camera = opened(device, measured())
+    before = device.grabbed
+    time.sleep(0.2)
+    assert device.grabbed - before <= 0.2 / 0.002 + 1
+    camera.close()
 
 
 def test_a_device_that_freezes_is_noticed_by_the_age_of_its_picture(monkeypatch):

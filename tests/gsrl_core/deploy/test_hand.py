@@ -39,7 +39,7 @@ class Gripper:
 
     def __init__(self, width=0.08, delay=0.0, verdict=None):
         self.opening, self.delay, self.verdict = width, delay, verdict
-        self.sent, self.failure, self.stopped = [], None, False
+        self.sent, self.failure, self.stopped, self.stopping = [], None, False, 0.0
 
     @property
     def width(self):
@@ -62,8 +62,9 @@ class Gripper:
         return self._start("grasp", width)
 
     def stop(self):
+        time.sleep(self.stopping)
         self.stopped = True
-        self.sent[-1][2].end(False)
+        self.sent[-1][2].end(LostError("libfranka gripper: command aborted"))
 
 
 @contextmanager
@@ -149,6 +150,76 @@ def test_a_hand_that_falls_silent_is_noticed(monkeypatch):
         until(lambda: hand._problem is not None)
         with pytest.raises(SafetyError, match="UDP receive"):
             hand.wish(0.0)
+
+
+def test_a_width_that_a_picture_would_outrun_is_not_current():
+    gripper = Gripper()
+    with running(gripper) as hand:
+        gripper.delay = 0.8
+        time.sleep(0.65)
+        with pytest.raises(SafetyError, match="no state for 0"):
+            _ = hand.width
+
+
+def test_a_reading_that_was_only_held_up_here_is_no_lost_hand(monkeypatch):
+    monkeypatch.setattr(module, "SILENCE", 0.1)
+    with running(Gripper()) as hand:
+        # As if the thread had not run for long: its next reading is on the way.
+        with hand._lock:
+            hand._stamp = time.monotonic() - 1.0
+        assert hand.width == 0.08
+
+
+def test_limits_that_tolerate_an_older_state_of_the_arm_do_so_of_the_hand():
+    gripper = Gripper()
+    hand = Hand(gripper, SafetyLimits(max_state_age=1.0), LostError)
+    gripper.delay = 0.8
+    time.sleep(0.65)
+    assert hand.width == 0.08
+    hand.close()
+
+
+def test_halting_withdraws_the_wish_and_stops_moving_fingers():
+    gripper = Gripper()
+    with running(gripper) as hand:
+        hand.wish(0.0)
+        until(lambda: gripper.sent)
+        hand.wish(0.08)
+        hand.halt()
+        until(lambda: gripper.stopped)
+        time.sleep(0.1)
+        assert [width for _, width, _ in gripper.sent] == [0.0]
+        assert hand.width == 0.08  # the aborted command is no problem of the hand
+        # The next wish counts, also the one that was interrupted.
+        hand.wish(0.0)
+        until(lambda: len(gripper.sent) == 2)
+        assert gripper.sent[1][1] == 0.0
+
+
+def test_the_width_stays_current_while_a_halt_waits_for_the_command_under_way(monkeypatch):
+    monkeypatch.setattr(module, "SILENCE", 0.1)
+    gripper = Gripper()
+    gripper.stopping = 0.5
+    with running(gripper) as hand:
+        hand.wish(0.0)
+        until(lambda: gripper.sent)
+        hand.halt()
+        time.sleep(0.3)
+        gripper.opening = 0.04
+        time.sleep(0.05)
+        assert hand.width == 0.04
+    assert gripper.stopped
+
+
+def test_halting_leaves_a_finished_grasp_alone():
+    gripper = Gripper(verdict=True)
+    with running(gripper) as hand:
+        hand.wish(0.0)
+        until(lambda: gripper.sent)
+        time.sleep(0.1)
+        hand.halt()
+        time.sleep(0.1)
+        assert not gripper.stopped
 
 
 def test_closing_stops_a_busy_hand():

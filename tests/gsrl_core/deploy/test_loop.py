@@ -2,10 +2,13 @@ import threading
 import time
 from dataclasses import replace
 
+import deploy_examples
 import numpy as np
 import pytest
 from deploy_examples import MeanColorPolicy, NoisyCamera, PerfectRobot, ScriptedClient, make_contract
 
+from gsrl_core.deploy import loop
+from gsrl_core.deploy import robot as robot_module
 from gsrl_core.deploy.client import PolicyClient
 from gsrl_core.deploy.envelope import Envelope
 from gsrl_core.deploy.kinematics import tcp_pose
@@ -123,6 +126,33 @@ def test_releasing_the_dead_man_switch_stops_the_arm():
     assert len(robot.commanded) == 25
 
 
+def test_the_hand_gets_nothing_after_the_permit_is_withdrawn():
+    robot, log = PerfectRobot(), EpisodeLog()
+    with pytest.raises(SafetyError, match="dead-man"):
+        drive(robot, ScriptedClient(walk), log=log, permit=lambda: len(log.steps) < 2)
+    assert robot.widths == [0.0] * 2
+
+
+def test_the_hand_gets_nothing_when_the_arm_does_not_take_its_setpoint():
+    class Starved(PerfectRobot):
+        def command(self, setpoint):
+            if self.widths:
+                raise SafetyError("stream watchdog")
+            super().command(setpoint)
+
+    robot = Starved()
+    with pytest.raises(SafetyError, match="stream watchdog"):
+        drive(robot, ScriptedClient(walk))
+    assert robot.widths == [0.0]
+
+
+def test_a_permit_that_is_withdrawn_before_the_arm_is_taken_over_ends_the_episode():
+    robot = PerfectRobot()
+    with pytest.raises(SafetyError, match="dead-man"):
+        drive(robot, ScriptedClient(walk), permit=lambda: False)
+    assert robot.calls == ["stop"]
+
+
 def test_an_arm_that_moves_is_not_taken_over():
     class Drifting(PerfectRobot):
         def read(self):
@@ -236,17 +266,38 @@ def test_another_tcp_or_camera_is_refused_before_anything_moves():
         assert robot.commanded == []
 
 
-def test_late_setpoints_move_the_schedule_instead_of_bunching_up():
+class VirtualClock:
+    """Stands in for the module ``time``: only sleeping takes time."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_late_setpoints_move_the_schedule_instead_of_bunching_up(monkeypatch):
+    clock = VirtualClock()
+    for module in (loop, robot_module, deploy_examples):
+        monkeypatch.setattr(module, "time", clock)
     stamps = []
 
     class Stalling(PerfectRobot):
         def command(self, setpoint):
             super().command(setpoint)
-            stamps.append(time.monotonic())
+            stamps.append(clock.now)
             if len(self.commanded) == 15:
-                time.sleep(0.15)
+                clock.sleep(0.15)
 
-    robot = Stalling()
-    drive(robot, ScriptedClient(walk), max_steps=4)
+    # The policy answers in real time, in which the virtual clock runs on with every setpoint that holds the arm.
+    patient = SafetyLimits(watchdog=30.0, max_chunk_age=5.0)
+    drive(Stalling(), ScriptedClient(walk), limits=patient, max_steps=4)
+    gaps = np.diff(stamps)
+    assert gaps.max() == pytest.approx(0.15)
     # Bunched up, the ones that were due in the meantime would follow each other at once.
-    assert np.diff(stamps).min() > 0.005
+    assert gaps.min() >= 0.0099

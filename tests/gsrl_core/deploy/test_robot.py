@@ -91,6 +91,42 @@ def test_the_move_to_the_start_pose_obeys_monitors_and_dead_man():
         robot.move_to(START_Q, check=unchecked)
 
 
+def test_a_check_that_hangs_on_the_way_to_the_start_pose_does_not_keep_the_arm_moving():
+    limits = LIMITS.model_copy(update={"stream_timeout": 0.2})
+    goal = START_Q + np.array([0.8, 0, 0, 0, 0, 0, 0])
+    moving = []
+
+    def check(state):
+        if state.q[0] > 0.05 and not moving:
+            moving.append(robot._robot.is_in_control)
+            time.sleep(1.5)
+            moving.append(robot._robot.is_in_control)
+
+    with running_emulator(START_Q) as host, FrankyRobot(host, limits, realtime=False) as robot:
+        with pytest.raises(SafetyError, match=r"no check of its state for 0\.2 s .* the watchdog stopped the arm"):
+            robot.move_to(goal, check=check)
+        assert moving == [True, False]
+        assert wait_at_rest(robot.read).q[0] < 0.5
+        # The arm is free for the next motion.
+        robot.move_to(START_Q, check=unchecked)
+
+
+def test_stopping_withdraws_the_wish_to_the_hand():
+    # Whether the fingers stop is luck: libfranka often sends a stop only when the command under way has ended.
+    with running_emulator(START_Q) as host, FrankyRobot(host, LIMITS, realtime=False) as robot:
+        robot.grip(0.0)
+        time.sleep(0.3)
+        robot.grip(0.08)
+        robot.stop()
+        for _ in range(15):
+            time.sleep(0.1)
+            width = robot.read().width  # stays current while the hand is being stopped
+        assert width < 0.06
+        robot.grip(0.08)
+        time.sleep(1.5)
+        assert robot.read().width > 0.07
+
+
 def refuse(state):
     raise SafetyError("refused at once")
 
@@ -110,8 +146,9 @@ def test_a_stream_that_ends_stops_the_arm_by_itself():
         while robot._robot.is_in_control and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not robot._robot.is_in_control
-        with pytest.raises(SafetyError, match="stream watchdog stopped the arm"):
-            robot.command(setpoint)
+        for late in (lambda: robot.command(setpoint), lambda: robot.grip(0.0)):
+            with pytest.raises(SafetyError, match="stream watchdog stopped arm and hand"):
+                late()
         robot.stop()
 
 

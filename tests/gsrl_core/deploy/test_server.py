@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from deploy_examples import MeanColorPolicy, make_contract
 from websockets.sync.client import connect
+from websockets.sync.server import serve
 
 from gsrl_core.deploy import wire
 from gsrl_core.deploy.client import PolicyClient
@@ -146,6 +147,53 @@ def test_the_client_gives_up_on_a_server_that_does_not_answer():
         # The late answer to that request must never be read as the answer to this one.
         with pytest.raises(WorkerError, match="connection lost"):
             client.infer(make_request(contract))
+
+
+def test_a_refusal_closes_the_connection():
+    # A server that would go on after a refusal.
+    def lenient(connection):
+        connection.send(wire.pack({}))
+        for _ in connection:
+            connection.send("refused")
+
+    with scripted(lenient) as port, PolicyClient(port=port, timeout=2.0) as client:
+        for text in ("refused the request: refused", "connection lost"):
+            with pytest.raises(WorkerError, match=text):
+                client.infer({})
+
+
+@pytest.mark.parametrize(
+    ("greeting", "error", "text"),
+    [("no", WorkerError, "refused"), (b"\xc1", PackageError, "msgpack"), (None, WorkerError, "no answer within")],
+)
+def test_a_client_that_cannot_be_made_leaves_no_connection(greeting, error, text):
+    left = threading.Event()
+
+    def greet(connection):
+        if greeting is not None:
+            connection.send(greeting)
+        for _ in connection:
+            pass
+        left.set()
+
+    with scripted(greet) as port:
+        with pytest.raises(error, match=text) as raised:
+            PolicyClient(port=port, timeout=0.3)
+        # While its traceback lives, the client does too: not the garbage collector closed it.
+        assert left.wait(2.0)
+        del raised
+
+
+@contextmanager
+def scripted(handler):
+    with serve(handler, "127.0.0.1", 0, compression=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_api_key():
