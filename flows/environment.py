@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -74,8 +75,7 @@ def prefect_api(*, verbose: bool) -> Iterator[None]:
         os.environ.setdefault("GSRL_MLFLOW_UI", running["mlflow"])
         yield
     else:
-        with _own_server() as api:
-            os.environ["PREFECT_API_URL"] = api
+        with _own_server():
             yield
 
 
@@ -89,17 +89,20 @@ def running_services() -> dict[str, str] | None:
 
 
 @contextmanager
-def _own_server() -> Iterator[str]:
+def _own_server() -> Iterator[None]:
     port = free_port()
+    api = f"http://{HOST}:{port}/api"
     ephemeral = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     services = Services({**os.environ, **ephemeral})
     services.start(
         "prefect-run", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", HOST,
         "--port", str(port), "--log-level", "error", "--lifespan", "on",
     )  # fmt: skip
+    os.environ["PREFECT_API_URL"] = api
     try:
-        services.wait_for("prefect-run", f"http://{HOST}:{port}/api/health")
-        yield f"http://{HOST}:{port}/api"
+        importlib.import_module("flows.real2sim2real")  # seconds that the server needs to start anyway
+        services.wait_for("prefect-run", f"{api}/health")
+        yield
     finally:
         _flush()
         services.stop()

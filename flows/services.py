@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from flows import guard
@@ -86,12 +87,17 @@ class Services:
 
 def answers(url: str, timeout_s: float = 5.0) -> bool:
     """Whether an HTTP GET of ``url`` succeeds; loopback is asked directly, not through a proxy."""
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if f"//{HOST}:" in url else []))
     try:
-        with opener.open(url, timeout=timeout_s) as response:
+        with _opener(direct=f"//{HOST}:" in url).open(url, timeout=timeout_s) as response:
             return response.status < 400
     except (urllib.error.URLError, OSError, ValueError):
         return False
+
+
+@cache
+def _opener(direct: bool) -> urllib.request.OpenerDirector:
+    # Kept, because reading the system's certificates for a new one takes longer than asking.
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if direct else []))
 
 
 def require_free_port(port: int, option: str) -> None:

@@ -268,7 +268,9 @@ def _experiment(client: MlflowClient, name: str) -> str:
             client.restore_experiment(found.experiment_id)
         return found.experiment_id
     local = tracking_uri().startswith("sqlite:")
-    return client.create_experiment(name, (gsrl_home() / "mlflow-artifacts").as_uri() if local else None)
+    location = (gsrl_home() / "mlflow-artifacts").as_uri() if local else None
+    # Lets the UI open on the runs; it would guess pages for chat traces.
+    return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
 
 
 def _close_dead_runs(client: MlflowClient, experiment: str) -> None:

@@ -36,3 +36,10 @@ def test_a_registry_that_fails_is_not_an_alias_that_is_missing(tracking, monkeyp
     monkeypatch.setattr(module, "_client", Failing)
     with pytest.raises(MlflowException, match="locked"):
         module.alias("any", "candidate")
+
+
+def test_the_experiment_opens_on_its_training_runs(tracking):
+    module, parent = tracking
+    client = module._client()
+    experiment = client.get_experiment(client.get_run(parent).info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
