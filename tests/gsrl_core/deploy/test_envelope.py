@@ -116,7 +116,7 @@ def drive(actions, limits=LIMITS, q=START_Q):
         measured = solve_ik(decision.setpoints[-1].pose, measured).q
         poses += [setpoint.pose for setpoint in decision.setpoints]
         decisions.append(decision)
-    for _ in range(60):
+    for _ in range(120):  # a turn at the limit of its jerk takes 0.6 s
         poses.append(envelope.hold().pose)
     return poses, decisions
 
