@@ -167,8 +167,8 @@ def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
         )
     if any(config.sim.cameras[0].distortion or ()):
         raise PackageError(
-            "sim.cameras[0] has a distortion, and packages describe pinhole cameras only; train on undistorted pictures "
-            "(distortion: null) and undistort the real camera's"
+            "sim.cameras[0] has a distortion, and packages describe pinhole cameras only; train on undistorted "
+            "pictures (distortion: null) and undistort the real camera's"
         )
     if config.sim.control_mode != "pd_ee_target_delta_pose":
         raise PackageError(

@@ -144,9 +144,8 @@ class RealismConfig(Section):
         for name, (lowest, highest) in (limits | {"contrast_range": (0, 10)}).items():
             low, high = getattr(self, name)
             if not lowest <= low <= high <= highest:
-                raise ValueError(f"{name} ({low}, {high}) must be two numbers with {lowest} <= low <= high <= {highest}")
+                raise ValueError(f"{name} ({low}, {high}) must be two numbers, {lowest} <= low <= high <= {highest}")
         return self
-
 
 
 class SimConfig(Section):

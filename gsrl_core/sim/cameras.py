@@ -56,7 +56,7 @@ class CameraRig:
         return {name: (camera.height, camera.width) for name, camera in self._seen.items()}
 
     def rays(self) -> dict[str, Tensor]:
-        """Camera name -> X/Z and Y/Z in camera axes that each pixel of the finished pictures sees, float32 [h, w, 2]."""
+        """Camera name -> X/Z and Y/Z in camera axes for each pixel of the finished pictures, float32 [h, w, 2]."""
         return {
             name: self._lenses[name].rays if name in self._lenses else pinhole_rays(camera)
             for name, camera in self._seen.items()
