@@ -217,7 +217,7 @@ class GsVecEnv:
     def _draw(self, envs: Tensor) -> None:
         """Renew the pictures of the environments ``envs`` (int64 [b])."""
         for name, frames in self._render(envs, extras=False).items():
-            self._pictures[name][envs.to(self.device)] = frames.rgb.to(self.device)
+            self._pictures[name][envs.to(self.device)] = frames.rgb
 
     def _render(self, envs: Tensor, *, extras: bool) -> dict[str, Frames]:
         """Finished pictures of the environments ``envs`` (int64 [b], on the CPU) as they are now."""
@@ -230,11 +230,12 @@ class GsVecEnv:
             name: camera.to(self.device)
             for name, camera in self._rig.cameras(body_to_world, self._camera_motion[envs]).items()
         }
-        poses = body_to_world[:, self._bodies].to(self.device)
-        drawn = self._rasterizer.render(self._scene, poses, cameras, extras=extras or realism.needs_extras)
+        poses = body_to_world[:, self._bodies]
+        with_extras = extras or realism.needs_extras
+        drawn = self._rasterizer.render(self._scene, poses.to(self.device), cameras, extras=with_extras)
         finished = {}
         for name, frames in drawn.items():
-            bent = self._rig.bent(name, frames)
+            bent = self._rig.bent(name, _on(frames, self.device))
             rgb = realism.on_scene(name, bent, cameras[name], poses, envs)
             rgb = _tinted(rgb, gain.to(self.device)) if tinted else rgb
             rgb = realism.on_sensor(name, rgb, elapsed, envs)
@@ -272,6 +273,12 @@ def _pose(transform: Tensor) -> Tensor:
 
 def _tinted(rgb: Tensor, gain: Tensor) -> Tensor:
     return (rgb.float() * gain[:, None, None, :]).round().clamp(0, 255).to(torch.uint8)
+
+
+def _on(frames: Frames, device: torch.device) -> Frames:
+    return Frames(
+        *(None if t is None else t.to(device) for t in (frames.rgb, frames.depth, frames.alpha, frames.body_id))
+    )
 
 
 def _check_bodies(scene: Scene) -> None:
