@@ -25,8 +25,8 @@ from gsrl_core.splat.frames import Frames
 _NEWTON_STEPS = 30
 _TOLERANCE = 1e-9
 """Largest error of an inverse, in pinhole coordinates: a millionth of a pixel."""
-_LARGEST = 3.0
-"""A pinhole picture more than this many times as wide or high as the lens's own is refused."""
+_CHECKS = 16
+"""Places between a point and the middle at which the distortion must not fold."""
 _ROUNDING = 1e-6
 """Pixels that a sampling position may lie outside without asking for a margin."""
 
@@ -61,9 +61,12 @@ def undistort(points: Tensor, coefficients: Sequence[float]) -> Tensor:
         (a, b, d), determinant, _ = _slopes(found, coefficients)
         step = torch.stack([d * error[..., 0] - b * error[..., 1], a * error[..., 1] - b * error[..., 0]], dim=-1)
         found = found - step / determinant[..., None]
-    _, determinant, radial = _slopes(found, coefficients)
-    exact = (distort(found, coefficients) - seen).abs().amax(-1) < _TOLERANCE
-    if not (exact & (determinant > 0) & (radial > 0)).all():
+    good = (distort(found, coefficients) - seen).abs().amax(-1) < _TOLERANCE
+    # A fold on the way would let Newton's method arrive at another point that is shown at the same place.
+    for i in range(1, _CHECKS + 1):
+        _, determinant, radial = _slopes(found * (i / _CHECKS), coefficients)
+        good &= (determinant > 0) & (radial > 0)
+    if not good.all():
         raise SimulationError(
             f"camera distortion {tuple(coefficients)} folds the picture before its border; check the order k1, k2, p1, "
             "p2, k3 and that the coefficients belong to this focal length"
@@ -82,7 +85,7 @@ class Lens:
             coefficients: k1, k2, p1, p2, k3.
 
         Raises:
-            SimulationError: the distortion folds the picture, or needs a pinhole picture that is too large.
+            SimulationError: the distortion folds the picture.
         """
         focal, center = (camera.K[0].double()[:2].diagonal(), camera.K[0].double()[:2, 2])
         pinhole = undistort((pixel_centers(camera.width, camera.height) - center) / focal, coefficients)
@@ -95,11 +98,6 @@ class Lens:
         high = [max(0, math.ceil(float(pixels[..., i].max()) + 0.5 - size[i] - _ROUNDING)) for i in (0, 1)]
         self._margin = torch.tensor(low)
         self.width, self.height = (size[i] + low[i] + high[i] for i in (0, 1))
-        if self.width > _LARGEST * size[0] or self.height > _LARGEST * size[1]:
-            raise SimulationError(
-                f"camera distortion {tuple(coefficients)}: a picture of {size[0]} x {size[1]} needs a pinhole one of "
-                f"{self.width} x {self.height}, over {_LARGEST:g} times as large; such a lens needs another model"
-            )
         drawn = pixels.new_tensor([self.width, self.height])
         self._grid = (2 * (pixels + self._margin) / drawn - 1).float()[None]
 

@@ -1,4 +1,4 @@
-"""The realism switches: off is the identity, the same seed gives the same bits in any batch, strengths are as stated."""
+"""The realism switches: off is the identity, one seed gives the same bits in any batch, strengths are as stated."""
 
 import numpy as np
 import pytest
