@@ -12,7 +12,7 @@ from torch import Tensor
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
-from gsrl_core.sections import SimConfig
+from gsrl_core.sections import RealismConfig, SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation
@@ -54,7 +54,7 @@ def make_env(
     disturbed = perturbation or Perturbation()
     rig = CameraRig(sim.cameras, sim.render_downscale)
     realism = Realism(disturbed.realism_over(sim.realism), scene, rig.rays(), scene.gaussians.means.device)
-    return GsVecEnv(sim, scene, rasterizer, rig, realism, make_physics(sim, count), disturbed)
+    return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), disturbed, realism)
 
 
 def make_physics(sim: SimConfig, num_envs: int) -> Physics:
@@ -78,9 +78,9 @@ class GsVecEnv:
         scene: Scene,
         rasterizer: Rasterizer,
         rig: CameraRig,
-        realism: Realism,
         physics: Physics,
         perturbation: Perturbation,
+        realism: Realism | None = None,
     ) -> None:
         self.num_envs = len(physics.states.qpos)
         self.action_dim = 7 if "ee" in sim.control_mode else 8
@@ -91,7 +91,7 @@ class GsVecEnv:
         self._scene = scene
         self._rasterizer = rasterizer
         self._rig = rig
-        self._realism = realism
+        self._realism = realism or Realism(RealismConfig(), scene, rig.rays(), self.device)
         self._physics = physics
         self._perturbation = perturbation
         self._bodies = torch.tensor([task.BODIES.index(name) for name in scene.names], dtype=torch.long)

@@ -119,9 +119,9 @@ class Lens:
         """
         self._grid = self._grid.to(picture.device)
         with_channels = picture if picture.ndim == 4 else picture[..., None]
-        count, channels = len(picture), with_channels.shape[-1]
-        out = picture.new_empty(count, *self._grid.shape[1:3], channels)
-        for part in passes(count, self.width * self.height * channels):
+        channels = with_channels.shape[-1]
+        out = picture.new_empty(len(picture), *self._grid.shape[1:3], channels)
+        for part in passes(picture, self.width * self.height * channels):
             source = with_channels[part].permute(0, 3, 1, 2).float()
             bent = torch.nn.functional.grid_sample(
                 source,

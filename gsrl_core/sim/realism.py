@@ -202,7 +202,7 @@ class Realism:
             return rgb
         places = noise_places(self._seeds[envs.numpy()], elapsed, list(self._rays).index(name))
         on_device, out = envs.to(self._device), torch.empty_like(rgb)
-        for part in passes(len(rgb), rgb[0].numel()):
+        for part in passes(rgb, rgb[0].numel()):
             levels = toned(rgb[part], self._tables[on_device[part]]) if self._tones else rgb[part].float()
             if self._noise is not None:
                 normal = _windows(self._noise, places[part], levels[0].numel()).view_as(levels)
@@ -212,7 +212,7 @@ class Realism:
 
     def _with_background(self, name: str, rgb: Tensor, alpha: Tensor, envs: Tensor) -> Tensor:
         out = torch.empty_like(rgb)
-        for part in passes(len(rgb), rgb[0].numel()):
+        for part in passes(rgb, rgb[0].numel()):
             if self._pictures:
                 pictures = self._pictures[name]
                 behind = pictures[self._chosen[envs[part]] % len(pictures)]

@@ -97,7 +97,7 @@ class ContactShadow:
         place = [t.to(rgb.device) for t in (prints.center, prints.inverse, prints.strength)]
         rays, view = rays.to(rgb.device), camera.world_to_camera.to(rgb.device)
         out = torch.empty_like(rgb)
-        for part in passes(len(rgb), 3 * rays[..., 0].numel()):
+        for part in passes(rgb, 3 * rays[..., 0].numel()):
             eye, direction = _sight(view if len(view) == 1 else view[part], rays)
             shade = _shade(eye, direction, Footprints(*(t[part] for t in place)))
             above = eye[:, 2] + frames.depth[part] * direction[2]
