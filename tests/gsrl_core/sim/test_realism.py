@@ -184,6 +184,20 @@ def test_camera_jitter_has_the_stated_deviations():
     assert torch.equal(realism(camera_turn_deg=2.0).begin([1])[0, :3, 3], torch.zeros(3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_bits_of_the_cpu():
+    knobs = {knob: STRONG[knob] for knob in TONES} | {"background": "random"}
+    frames, seen = Frames(pictures(3), alpha=torch.rand(3, *SIZE)), []
+    for device in ("cpu", "cuda"):
+        switches = Realism(RealismConfig(**knobs), empty_scene(), {NAME: torch.zeros(*SIZE, 2)}, device)
+        switches.begin([4, 5, 6])
+        there = Frames(frames.rgb.to(device), alpha=frames.alpha.to(device))
+        rgb = switches.on_scene(NAME, there, None, None, torch.arange(3))
+        seen.append(switches.on_sensor(NAME, rgb, np.array([0, 5, 5]), torch.arange(3)).cpu())
+    assert torch.equal(*seen)
+
+
 # ---------------------------------------------------------------------------- in the environment
 def test_an_environment_without_realism_shows_the_rasterizers_bits():
     with make_env(sim_config(), empty_scene(), PoseRasterizer()) as env:
