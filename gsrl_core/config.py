@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gsrl_core.errors import ConfigError
 from gsrl_core.sections import PipelineConfig, Section
@@ -122,12 +122,14 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-def _legal_keys() -> tuple[str, ...]:
-    return tuple(
-        f"{section}.{name}"
-        for section, field in PipelineConfig.model_fields.items()
-        for name in type(field.default).model_fields
-    )
+def _legal_keys(section: type[BaseModel] = PipelineConfig, prefix: str = "") -> tuple[str, ...]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            keys += _legal_keys(type(field.default), f"{prefix}{name}.")
+        elif prefix:
+            keys.append(prefix + name)
+    return tuple(keys)
 
 
 def _nearest(given: str, legal: tuple[str, ...]) -> str:

@@ -165,6 +165,11 @@ def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
             f"sim.cameras has {len(config.sim.cameras)} cameras; packages support exactly one camera fixed in the base "
             "frame (link: null)"
         )
+    if any(config.sim.cameras[0].distortion or ()):
+        raise PackageError(
+            "sim.cameras[0] has a distortion, and packages describe pinhole cameras only; train on undistorted "
+            "pictures (distortion: null) and undistort the real camera's"
+        )
     if config.sim.control_mode != "pd_ee_target_delta_pose":
         raise PackageError(
             f"sim.control_mode is {config.sim.control_mode!r}; packages support pd_ee_target_delta_pose, whose actions "

@@ -100,6 +100,52 @@ class CameraConfig(Section):
     )
     link: str | None = None
     """Robot link that carries the camera (pose then relative to it); none is fixed in the base frame."""
+    distortion: tuple[float, float, float, float, float] | None = None
+    """k1, k2, p1, p2, k3 in OpenCV's convention; the focal lengths and principal point are then those of the distorted
+    picture. None (or zeros) is a pinhole. Packages for the robot describe pinholes only and refuse it."""
+
+
+Range = tuple[float, float]
+"""Lowest and highest value of a uniform draw; equal to each other for no draw."""
+
+
+class RealismConfig(Section):
+    """What a real camera and bench do to a picture. Drawn for each episode from its seed; everything is off by default.
+
+    Order: contact shadow, background, the sweep's own lighting, exposure and white balance, gamma, contrast, noise.
+    Every picture that the environment returns shows it, whether for demonstrations, training or the sweep.
+    """
+
+    exposure_range: Range = (1.0, 1.0)
+    """Factor of all channels, 0.05 .. 20, uniform."""
+    white_balance_range: Range = (1.0, 1.0)
+    """Factor of each channel, drawn independently, 0.05 .. 20, uniform."""
+    gamma_range: Range = (1.0, 1.0)
+    """Exponent of values in [0, 1], 0.1 .. 10, uniform; above 1 darkens the middle."""
+    contrast_range: Range = (1.0, 1.0)
+    """Factor of the distance from middle grey (127.5 of 255), 0 .. 10, uniform."""
+    read_noise: float = Field(0.0, ge=0, le=64)
+    """Standard deviation of the noise that does not depend on brightness [levels of 255]; new in every picture."""
+    shot_noise: float = Field(0.0, ge=0, le=64)
+    """Standard deviation at white of the noise whose variance grows with brightness [levels of 255]."""
+    camera_turn_deg: float = Field(0.0, ge=0, le=30)
+    """Standard deviation of the cameras' rotation vector per axis [degrees]; drawn once an episode."""
+    camera_shift: float = Field(0.0, ge=0, le=0.5)
+    """Standard deviation of the cameras' position per axis [m]; drawn once an episode."""
+    background: str | None = Field(None, min_length=1)
+    """Shown where the scene lets light through: ``random`` for a flat colour, or a folder of pictures (at most 512, one
+    is drawn for each episode; caches know the folder's name alone). None leaves black."""
+    shadow: float = Field(0.0, ge=0, le=1)
+    """Darkening of the table under bodies that touch it: 0 for none, 1 for black."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RealismConfig:
+        limits = {"exposure_range": (0.05, 20), "white_balance_range": (0.05, 20), "gamma_range": (0.1, 10)}
+        for name, (lowest, highest) in (limits | {"contrast_range": (0, 10)}).items():
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name} ({low}, {high}) must be two numbers, {lowest} <= low <= high <= {highest}")
+        return self
 
 
 class SimConfig(Section):
@@ -121,6 +167,7 @@ class SimConfig(Section):
     """Pictures are rendered at width/n x height/n with the intrinsics scaled to match."""
     rasterizer: Literal["auto", "numba", "gsplat", "cuda"] = "auto"
     """numba (CPU), cuda (our kernels), gsplat (their reference); auto takes the fastest that runs here."""
+    realism: RealismConfig = RealismConfig()
     instruction: str = "pick up the cube and put it on the plate"
 
     @model_validator(mode="after")
@@ -241,7 +288,9 @@ class EvaluationConfig(Section):
     episodes: int = Field(512, ge=1, le=100_000)
     """Episodes of the nominal cell."""
     episodes_per_perturbation: int = Field(128, ge=0, le=100_000)
-    perturbations: tuple[Literal["pose", "lighting", "camera", "friction", "wording"], ...] = (
+    perturbations: tuple[
+        Literal["pose", "lighting", "camera", "friction", "wording", "sensor", "background", "shadow"], ...
+    ] = (
         "pose",
         "lighting",
         "camera",

@@ -12,10 +12,15 @@ from gsrl_core.geometry.camera import Camera, from_sapien
 from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
+from gsrl_core.sim.lens import Lens, pinhole_rays
+from gsrl_core.splat.frames import Frames
 
 
 class CameraRig:
-    """All cameras of B environments."""
+    """All cameras of B environments.
+
+    A camera with lens distortion is drawn as a larger pinhole (:meth:`cameras`) and bent afterwards (:meth:`bent`).
+    """
 
     def __init__(self, configs: Sequence[CameraConfig], downscale: int) -> None:
         """Build the rig.
@@ -25,12 +30,20 @@ class CameraRig:
             downscale: pictures are 1/n of the configured size, intrinsics scaled to match.
 
         Raises:
-            SimulationError: no camera, a name twice, or a link that the robot does not have.
+            SimulationError: no camera, a name twice, a link that the robot does not have, or a distortion that cannot
+                be drawn.
         """
         names = [config.name for config in configs]
         if not names or len(set(names)) != len(names):
             raise SimulationError(f"cameras {names}: at least one is needed and every name only once")
-        self._resting = {config.name: _camera(config).scaled(1 / downscale) for config in configs}
+        seen = {config.name: _camera(config).scaled(1 / downscale) for config in configs}
+        # Coefficients act on coordinates without a unit, so they are the same at every size.
+        self._lenses = {c.name: Lens(seen[c.name], c.distortion) for c in configs if c.distortion and any(c.distortion)}
+        self._seen = seen
+        self._resting = {
+            name: self._lenses[name].pinhole(camera) if name in self._lenses else camera
+            for name, camera in seen.items()
+        }
         self._mounts = {config.name: _body(config) for config in configs if config.link is not None}
 
     @property
@@ -39,11 +52,22 @@ class CameraRig:
         return next(iter(self._resting))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Camera name -> (height, width) in pixels."""
-        return {name: (camera.height, camera.width) for name, camera in self._resting.items()}
+        """Camera name -> (height, width) of the finished pictures in pixels."""
+        return {name: (camera.height, camera.width) for name, camera in self._seen.items()}
+
+    def rays(self) -> dict[str, Tensor]:
+        """Camera name -> X/Z and Y/Z in camera axes for each pixel of the finished pictures, float32 [h, w, 2]."""
+        return {
+            name: self._lenses[name].rays if name in self._lenses else pinhole_rays(camera)
+            for name, camera in self._seen.items()
+        }
+
+    def bent(self, name: str, frames: Frames) -> Frames:
+        """What camera ``name`` shows of what was drawn for it; the same object for a pinhole."""
+        return self._lenses[name].bend_frames(frames) if name in self._lenses else frames
 
     def cameras(self, body_to_world: Tensor, motion: Tensor) -> dict[str, Camera]:
-        """The cameras now.
+        """The pinhole cameras to draw now.
 
         Args:
             body_to_world: float32 [b, M, 4, 4], bodies in the order of ``task.BODIES``.

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gsrl_core.errors import SimulationError
-from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
-from gsrl_core.sections import SimConfig
+from gsrl_core.sections import RealismConfig, SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
+from gsrl_core.sim.realism import Realism
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.states import PARTS
+from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
 
@@ -32,14 +34,15 @@ def make_env(
     """Build the environment that ``sim`` describes.
 
     Args:
-        sim: task, physics, cameras.
+        sim: task, physics, cameras, realism.
         scene: splats of the bench, the robot and the objects; pictures and tensors are on its device.
         rasterizer: draws it.
         num_envs: overrides ``sim.num_envs``.
         perturbation: disturbs every episode; none is nominal.
 
     Raises:
-        SimulationError: unknown task, body, camera link or control mode, or physics that this machine lacks.
+        SimulationError: unknown task, body, camera link or control mode, a lens or background that cannot be drawn, or
+            physics that this machine lacks.
         WorkerError: a physics process could not be started.
     """
     if sim.task != task.TASK:
@@ -48,8 +51,10 @@ def make_env(
     if count < 1:
         raise SimulationError(f"num_envs is {count}; at least 1 is needed")
     _check_bodies(scene)
+    disturbed = perturbation or Perturbation()
     rig = CameraRig(sim.cameras, sim.render_downscale)
-    return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), perturbation or Perturbation())
+    realism = Realism(disturbed.realism_over(sim.realism), scene, rig.rays(), scene.gaussians.means.device)
+    return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), disturbed, realism)
 
 
 def make_physics(sim: SimConfig, num_envs: int) -> Physics:
@@ -75,6 +80,7 @@ class GsVecEnv:
         rig: CameraRig,
         physics: Physics,
         perturbation: Perturbation,
+        realism: Realism | None = None,
     ) -> None:
         self.num_envs = len(physics.states.qpos)
         self.action_dim = 7 if "ee" in sim.control_mode else 8
@@ -85,10 +91,12 @@ class GsVecEnv:
         self._scene = scene
         self._rasterizer = rasterizer
         self._rig = rig
+        self._realism = realism or Realism(RealismConfig(), scene, rig.rays(), self.device)
         self._physics = physics
         self._perturbation = perturbation
         self._bodies = torch.tensor([task.BODIES.index(name) for name in scene.names], dtype=torch.long)
         self._episodes: list[Episode] = []
+        self._camera_motion = torch.eye(4).repeat(self.num_envs, 1, 1)
         self._pictures = {
             name: torch.zeros(self.num_envs, *size, 3, dtype=torch.uint8, device=self.device)
             for name, size in rig.sizes().items()
@@ -102,6 +110,10 @@ class GsVecEnv:
         if min(seeds) < 0:
             raise SimulationError(f"reset: seed {min(seeds)} is negative; seeds are 0 or more")
         self._episodes = [self._perturbation.draw(int(seed)) for seed in seeds]
+        jitter = self._realism.begin([int(seed) for seed in seeds])
+        self._camera_motion = torch.stack(
+            [motion @ episode.camera_motion for motion, episode in zip(jitter, self._episodes, strict=True)]
+        )
         self._physics.reset([episode.spec for episode in self._episodes])
         self._draw(torch.arange(self.num_envs))
         return self._observation()
@@ -178,6 +190,19 @@ class GsVecEnv:
         parts = self._tensor(self._physics.states.parts.astype(bool))
         return {name: parts[:, i] for i, name in enumerate(PARTS)}
 
+    def frames(self) -> dict[str, Frames]:
+        """Camera name -> the current pictures with depth, alpha and body id; drawn on request, not kept.
+
+        ``rgb`` are the pictures of the observation. The others are those of the scene: realism changes them only by the
+        cameras' poses and lenses. ``body_id`` counts ``Scene.names``.
+
+        Raises:
+            SimulationError: no episode yet.
+        """
+        if not self._episodes:
+            raise SimulationError("frames before reset; start episodes first")
+        return self._render(torch.arange(self.num_envs), extras=True)
+
     def instructions(self) -> list[str]:
         """The current episodes' sentences. Before the first reset: the task's own."""
         if not self._episodes:
@@ -191,17 +216,31 @@ class GsVecEnv:
     # ------------------------------------------------------------------ inside
     def _draw(self, envs: Tensor) -> None:
         """Renew the pictures of the environments ``envs`` (int64 [b])."""
-        body_to_world = torch.from_numpy(self._physics.states.body_to_world[envs.numpy()])
-        motion = torch.stack([self._episodes[i].camera_motion for i in envs.tolist()])
-        cameras: dict[str, Camera] = {
-            name: camera.to(self.device) for name, camera in self._rig.cameras(body_to_world, motion).items()
-        }
-        frames = self._rasterizer.render(self._scene, body_to_world[:, self._bodies].to(self.device), cameras)
+        for name, frames in self._render(envs, extras=False).items():
+            self._pictures[name][envs.to(self.device)] = frames.rgb
+
+    def _render(self, envs: Tensor, *, extras: bool) -> dict[str, Frames]:
+        """Finished pictures of the environments ``envs`` (int64 [b], on the CPU) as they are now."""
+        states, realism = self._physics.states, self._realism
+        body_to_world = torch.from_numpy(states.body_to_world[envs.numpy()])
+        elapsed = states.elapsed[envs.numpy()]
         gain = torch.stack([self._episodes[i].gain for i in envs.tolist()])
         tinted = bool((gain != 1).any())
-        for name, frame in frames.items():
-            rgb = _tinted(frame.rgb, gain.to(self.device)) if tinted else frame.rgb
-            self._pictures[name][envs.to(self.device)] = rgb.to(self.device)
+        cameras = {
+            name: camera.to(self.device)
+            for name, camera in self._rig.cameras(body_to_world, self._camera_motion[envs]).items()
+        }
+        poses = body_to_world[:, self._bodies]
+        with_extras = extras or realism.needs_extras
+        drawn = self._rasterizer.render(self._scene, poses.to(self.device), cameras, extras=with_extras)
+        finished = {}
+        for name, frames in drawn.items():
+            bent = self._rig.bent(name, _on(frames, self.device))
+            rgb = realism.on_scene(name, bent, cameras[name], poses, envs)
+            rgb = _tinted(rgb, gain.to(self.device)) if tinted else rgb
+            rgb = realism.on_sensor(name, rgb, elapsed, envs)
+            finished[name] = replace(bent, rgb=rgb)
+        return finished
 
     def _observation(self) -> Observation:
         return Observation(
@@ -234,6 +273,12 @@ def _pose(transform: Tensor) -> Tensor:
 
 def _tinted(rgb: Tensor, gain: Tensor) -> Tensor:
     return (rgb.float() * gain[:, None, None, :]).round().clamp(0, 255).to(torch.uint8)
+
+
+def _on(frames: Frames, device: torch.device) -> Frames:
+    return Frames(
+        *(None if t is None else t.to(device) for t in (frames.rgb, frames.depth, frames.alpha, frames.body_id))
+    )
 
 
 def _check_bodies(scene: Scene) -> None:

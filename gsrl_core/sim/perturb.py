@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
+from gsrl_core.sections import RealismConfig
 from gsrl_core.sim.task import EpisodeSpec
 
 # Distinguishes this stream from that of the start state (task.py), so that a perturbation never moves the objects.
@@ -49,6 +50,13 @@ class Perturbation:
     """Factor of the friction of cube, plate and fingers, log-uniform."""
     instructions: tuple[str, ...] = ()
     """Wordings, one is chosen; empty keeps the task's."""
+    realism: RealismConfig | None = None
+    """The values that were given to it replace those of ``sim.realism``; the others stay."""
+
+    def realism_over(self, configured: RealismConfig) -> RealismConfig:
+        """``configured`` (``sim.realism``) with this perturbation's values over it."""
+        changes = {} if self.realism is None else {n: getattr(self.realism, n) for n in self.realism.model_fields_set}
+        return configured.model_copy(update=changes)
 
     def draw(self, seed: int) -> Episode:
         """The episode of ``seed``: always the same for the same seed and ranges."""
@@ -87,6 +95,12 @@ PERTURBATIONS = {
                 "move the cube to the plate",
             ),
         ),
+        Perturbation(
+            "sensor",
+            realism=RealismConfig(gamma_range=(0.8, 1.25), contrast_range=(0.8, 1.2), read_noise=3.0, shot_noise=6.0),
+        ),
+        Perturbation("background", realism=RealismConfig(background="random")),
+        Perturbation("shadow", realism=RealismConfig(shadow=0.5)),
     )
 }
 """The sweep's cells by name (``evaluation.perturbations``)."""

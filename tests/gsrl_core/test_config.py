@@ -47,6 +47,9 @@ def test_override_replaces_one_value_only():
         ({"policy.noise_std_range": [0.2, 0.1]}, "must be two numbers with 0 < low <= high"),
         ({"policy.noise_std_range": [0.1, float("inf")]}, "must be two numbers with 0 < low <= high"),
         ({"policy.sha256": "abc"}, "policy.sha256: String should match pattern"),
+        ({"sim.realism.exposure_rang": [1, 2]}, "did you mean sim.realism.exposure_range"),
+        ({"sim.realism.exposure_range": [1.5, 0.5]}, "exposure_range (1.5, 0.5) must be two numbers"),
+        ({"sim.realism.gamma_range": [0, 1]}, "0.1 <= low"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],
 )

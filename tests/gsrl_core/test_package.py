@@ -310,6 +310,7 @@ def test_what_a_package_cannot_express_is_refused(inputs, tmp_path):
     for override, text in (
         ({"sim.cameras": [camera, {**camera, "name": "second"}]}, "2 cameras"),
         ({"sim.cameras": [{**camera, "link": "fr3_hand"}]}, "fixed in the base"),
+        ({"sim.cameras": [{**camera, "distortion": [0.1, 0, 0, 0, 0]}]}, "pinhole cameras only"),
         ({"sim.control_mode": "pd_joint_delta_pos"}, "pd_ee_target_delta_pose"),
     ):
         with pytest.raises(PackageError, match=text):

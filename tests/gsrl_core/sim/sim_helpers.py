@@ -2,10 +2,12 @@
 
 import torch
 
+from gsrl_core.geometry import props
 from gsrl_core.interfaces import Frames
 from gsrl_core.sections import CameraConfig, SimConfig
 from gsrl_core.sim import task
 from gsrl_core.splat.gaussians import Gaussians
+from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.scene import Scene
 
 TINY_CAMERA = CameraConfig(width=32, height=24, fx=30.0, fy=30.0, cx=16.0, cy=12.0)
@@ -35,3 +37,30 @@ def sim_config(**changes):
     return SimConfig(
         **{"num_envs": 2, "workers": 1, "sim_hz": 100, "solver_iterations": 8, "cameras": (TINY_CAMERA,)} | changes
     )
+
+
+def blobs(means, scales, color):
+    """Opaque Gaussians of one colour."""
+    count = len(means)
+    return Gaussians(
+        means,
+        torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1),
+        torch.tensor(scales).log().expand(count, 3).contiguous(),
+        torch.full((count,), 6.0),
+        colors_to_harmonics(torch.tensor([color]).expand(count, 3)),
+    )
+
+
+def cube_blobs():
+    """The task's cube, red, in its own frame."""
+    side = torch.linspace(-props.CUBE_HALF, props.CUBE_HALF, 7)
+    grid = torch.cartesian_prod(side, side, side)
+    return blobs(grid[(grid.abs() > 0.99 * props.CUBE_HALF).any(dim=1)], [0.004] * 3, [0.8, 0.1, 0.1])
+
+
+def bench_scene():
+    """A grey table top that ends inside the picture, and the cube on it as the only body."""
+    x, y = torch.arange(0.25, 0.65, 0.01), torch.arange(-0.1, 0.3, 0.01)
+    plane = torch.cartesian_prod(x, y)
+    table = blobs(torch.cat([plane, torch.full((len(plane), 1), -0.002)], dim=1), [0.008, 0.008, 0.001], [0.6] * 3)
+    return Scene.from_parts(table, {"cube": (cube_blobs(), torch.eye(4))})
