@@ -56,14 +56,15 @@ class Episodes:
         for action in actions:
             world.step(action)
             executed += 1
-            verdict = world.verdict()
+            # The parts of success are recorded once, after the chunk.
+            verdict = world.verdict(complete=executed == horizon)
             states.success_seed[env] |= verdict.success_seed
             if verdict.success:
                 states.success[env] = 1
                 break
         states.executed[env] = executed
         states.elapsed[env] += executed
-        self._record(env, world, world.verdict())
+        self._record(env, world, verdict)
 
     def _record(self, env: int, world: World, verdict: task.Verdict) -> None:
         states = self._states

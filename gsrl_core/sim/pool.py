@@ -141,7 +141,11 @@ class Pool:
         return range(worker, self._num_envs, len(self._workers))
 
     def _start(self, index: int) -> WorkerProcess:
-        return WorkerProcess(index, self._memory_fd, self._num_envs, self._horizon, self._settings)
+        try:
+            return WorkerProcess(index, self._memory_fd, self._num_envs, self._horizon, self._settings)
+        except OSError as error:
+            self.close()
+            raise WorkerError(f"physics worker {index} cannot be started: {error}; use fewer workers") from error
 
     # ------------------------------------------------------------------ commands
     def _insist(self, commands: Mapping[int, tuple[Any, ...]]) -> None:

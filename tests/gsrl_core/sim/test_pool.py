@@ -211,6 +211,12 @@ def test_a_worker_that_dies_on_every_start_ends_in_a_clear_error(quick, broken_i
     assert not any(alive(pid) for pid in started)
 
 
+def test_a_process_that_the_system_refuses_is_a_worker_error(quick, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerError, match=r"worker 0 cannot be started: .*/nowhere/python"):
+        Pool(quick, 1, 5, 1)
+
+
 def test_a_worker_that_cannot_be_restarted_ends_the_pool_and_leaves_no_process(quick, broken_interpreter):
     pool = Pool(quick, 2, 5, 2)
     pool.reset(specs((1, 2)))
