@@ -16,7 +16,7 @@ from gsrl_core.errors import SimulationError, WorkerError
 from gsrl_core.sim.settings import WorldSettings
 
 _CLOSE_SECONDS = 5.0
-_LAST_LINES = 8
+_LAST_LINES = 20
 
 
 class WorkerDiedError(WorkerError):

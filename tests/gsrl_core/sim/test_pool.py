@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from gsrl_core.errors import SimulationError, WorkerError
+from gsrl_core.sim import states as layout
 from gsrl_core.sim import task
+from gsrl_core.sim.episodes import Episodes
 from gsrl_core.sim.pool import MAX_RESTARTS, Pool
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.world import World
@@ -167,25 +169,43 @@ def test_a_worker_that_died_between_episodes_costs_nothing(quick):
     pool.close()
 
 
-def test_physics_that_diverges_costs_that_episode_only(urdf, caplog):
-    settings = WorldSettings(urdf, sim_hz=100, control_mode="pd_joint_pos")
-    pool = Pool(settings, 2, 5, 1)
+def test_physics_that_diverges_costs_that_episode_only(quick, monkeypatch, caplog):
+    pool = Pool(quick, 2, 5, 1)
     pool.reset(specs((1, 2)))
-    pid, before = pool._workers[0].process.pid, everything(pool)
-    actions = np.tile(np.array([*task.fr3.START_QPOS[:7], 1.0], np.float32), (2, 2, 1))
-    actions[0, 1, :7] = 1e38
+    worker, before = pool._workers[0], everything(pool)
+    zero, active = np.zeros((2, 2, 7), np.float32), np.ones(2, dtype=bool)
+    receive = worker.receive
+    monkeypatch.setattr(worker, "receive", lambda: receive() | {0: "the physics diverged"})
     with caplog.at_level(logging.WARNING):
-        pool.step(actions, np.ones(2, dtype=bool))
+        pool.step(zero, active)
+    monkeypatch.undo()
     assert pool.states.lost.tolist() == [1, 0]
     assert (pool.states.qpos[0] == before["qpos"][0]).all()
     assert pool.states.executed.tolist() == [0, 2]
-    assert "diverged" in caplog.text
-    assert "environment 0: EpisodeSpec(seed=1" in caplog.text
+    assert "the physics diverged\nlost until the next reset: environment 0: EpisodeSpec(seed=1," in caplog.text
     assert "environment 1" not in caplog.text
+    pool.step(zero, active)  # without its episode the environment is not stepped, also when asked to
+    assert pool.states.executed.tolist() == [0, 2]
     pool.reset(specs((1, 2)))
-    assert pool._workers[0].process.pid == pid
-    assert (pool.states.qpos == before["qpos"]).all()
+    assert pool._workers == [worker]
+    assert not pool.states.lost.any()
     pool.close()
+
+
+def test_a_worker_goes_on_after_an_environment_diverged(quick, monkeypatch):
+    states = layout.view(bytearray(layout.size_in_bytes(2, 5)), 2, 5)
+    episodes = Episodes(quick, states)
+    episodes.reset({0: task.EpisodeSpec(1), 1: task.EpisodeSpec(2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(episodes._worlds[0], "qpos", lambda: np.full(9, np.nan, np.float32))
+        patch.setattr(episodes._worlds[0], "_joint_targets", lambda action: np.array(task.fr3.START_QPOS))
+        diverged = episodes.step([0, 1], 2)
+    assert list(diverged) == [0]
+    assert "diverged" in diverged[0]
+    assert states.executed.tolist() == [0, 2]
+    assert not states.busy.any()
+    episodes.reset({0: task.EpisodeSpec(1)})
+    assert episodes.step([0], 2) == {}
 
 
 @pytest.fixture
