@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gsrl_core.artifacts import digest_folder, write_json
 from gsrl_core.embodiment import default_device
-from gsrl_core.errors import TrainingError
+from gsrl_core.errors import SimulationError, TrainingError
 from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
 from gsrl_core.policy.demonstrations import Episode, load_demonstrations, shard_folder, write_shard
 from gsrl_core.sections import PipelineConfig
@@ -97,12 +97,18 @@ def record_demos(
     return facts
 
 
-def play(env: PrivilegedEnv, expert: Expert, seeds: list[int], action_noise: float) -> list[Episode]:
+def play(
+    env: PrivilegedEnv, expert: Expert, seeds: list[int], action_noise: float, *, attempts: int = 2
+) -> list[Episode]:
     """One batch of episodes; those that succeed strictly, in the order of their seeds.
 
+    Where the physics crashed in an episode the whole batch is played again, up to ``attempts`` times in all.
     What is executed is disturbed by Normal(0, ``action_noise``) metres on the translation; what is recorded is the
     expert's own choice in the disturbed state, so the data shows how to recover. The noise of an episode follows from
     its seed alone.
+
+    Raises:
+        SimulationError: the physics crashed in each of the attempts.
     """
     noise = torch.stack([_disturbance(seed, env.max_episode_steps) for seed in seeds]) * action_noise
     observation = env.reset(seeds)
@@ -120,6 +126,11 @@ def play(env: PrivilegedEnv, expert: Expert, seeds: list[int], action_noise: flo
         alive &= ~(step.terminated | step.truncated).cpu()
         if not alive.any():
             break
+    if step.lost.any():
+        if attempts > 1:
+            return play(env, expert, seeds, action_noise, attempts=attempts - 1)
+        lost = [seed for seed, gone in zip(seeds, step.lost.tolist(), strict=True) if gone]
+        raise SimulationError(f"the physics crashed in the episodes of seeds {lost}, again; the log has its last words")
     return [_episode(rows, env_index, seed) for env_index, seed in enumerate(seeds) if success[env_index]]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gsrl_core.artifacts import write_bytes, write_json
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment, default_device
-from gsrl_core.errors import ConfigError
+from gsrl_core.errors import ConfigError, SimulationError
 from gsrl_core.interfaces import Policy, Reporter, VecEnv
 from gsrl_core.rl.playback import film, play
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
@@ -142,7 +142,8 @@ def evaluate(
 
     Raises:
         ConfigError: ``real_results`` cannot be used.
-        CheckpointError, SceneError, SimulationError.
+        CheckpointError, SceneError.
+        SimulationError: the physics crashed in an episode and again in its second attempt.
     """
     real = read_real_results(real_results) if real_results else None
     body = embodiment or SplatEmbodiment(checkpoint, scene, config)
@@ -264,8 +265,7 @@ def _run_cell(
             # The last batch is filled up with further seeds, whose episodes are not counted.
             first = settings.seed + batch * width
             noise = np.random.SeedSequence([settings.seed, batch]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(noise >> 1))
-            stats, executed = play(env, policy, range(first, first + width), generator)
+            stats, executed = _play_whole(env, policy, range(first, first + width), int(noise >> 1))
             parts.append(stats)
             actions.append(executed)
     if settings.videos:
@@ -278,6 +278,26 @@ def _run_cell(
         success_seed=tuple(stats.success_seed[:episodes].tolist()),
         length=tuple(stats.length[:episodes].tolist()),
         confidence=settings.confidence,
+    )
+
+
+def _play_whole(env: VecEnv, policy: Policy, seeds: range, noise: int) -> tuple[EpisodeStats, Tensor]:
+    """As :func:`play`, with a second attempt where the physics crashed; a lost episode is no failure of the policy.
+
+    The whole batch is played again with the same noise: that of an episode depends on its place among the others.
+
+    Raises:
+        SimulationError: it crashed again.
+    """
+    for _ in range(2):
+        stats, actions = play(env, policy, seeds, torch.Generator().manual_seed(noise))
+        if not stats.lost.any():
+            return stats, actions
+        lost = [seed for seed, gone in zip(seeds, stats.lost.tolist(), strict=True) if gone]
+        logger.warning("the physics crashed in the episodes of seeds %s", lost)
+    raise SimulationError(
+        f"the physics crashed twice while seeds {seeds.start}-{seeds.stop - 1} were played, the second time in {lost}; "
+        "the log has the workers' last words"
     )
 
 

@@ -18,7 +18,7 @@ from gsrl_core import states
 from gsrl_core.artifacts import JsonScalar, digest_folder, write_bytes, write_json
 from gsrl_core.config import section_digest
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment
-from gsrl_core.errors import ConfigError, TrainingError
+from gsrl_core.errors import ConfigError, SimulationError, TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.rl.rollout import EpisodeStats
 from gsrl_core.sections import PipelineConfig
@@ -145,13 +145,23 @@ def _iterate(team: Team, config: PipelineConfig, iteration: int) -> dict[str, fl
 
 
 def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
-    """The seed's episode metrics under ``prefix``."""
+    """The seed's episode metrics under ``prefix``, over the episodes whose simulation did not crash.
+
+    Raises:
+        SimulationError: there is none.
+    """
+    kept = ~stats.lost
+    if not kept.any():
+        raise SimulationError(
+            f"the physics crashed in all {len(stats.seeds)} episodes; the log has the workers' last words"
+        )
     return {
-        f"{prefix}/success_once": float(stats.success.float().mean()),
-        f"{prefix}/success_seed": float(stats.success_seed.float().mean()),
-        f"{prefix}/episode_len": float(stats.length.float().mean()),
-        f"{prefix}/return": float(stats.episode_return.mean()),
-        f"{prefix}/num_trajectories": float(len(stats.seeds)),
+        f"{prefix}/success_once": float(stats.success[kept].float().mean()),
+        f"{prefix}/success_seed": float(stats.success_seed[kept].float().mean()),
+        f"{prefix}/episode_len": float(stats.length[kept].float().mean()),
+        f"{prefix}/return": float(stats.episode_return[kept].mean()),
+        f"{prefix}/num_trajectories": float(kept.sum()),
+        f"{prefix}/lost": float(stats.lost.sum()),
     }
 
 

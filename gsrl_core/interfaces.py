@@ -49,13 +49,16 @@ class Step:
     terminated: Tensor
     """bool [B]: the task ended (success) inside this chunk or before."""
     truncated: Tensor
-    """bool [B]: the time limit was reached without termination."""
+    """bool [B]: the time limit was reached without termination, or the episode was lost."""
     success: Tensor
     """bool [B]: strict success reached inside this chunk or before."""
     success_seed: Tensor
     """bool [B]: the seed's looser test was met at any time so far."""
     executed: Tensor
     """int64 [B]: control steps executed in this chunk (0 for an environment that was already done)."""
+    lost: Tensor
+    """bool [B]: the simulation crashed in this episode. It ended, truncated and without success, in the state before
+    the chunk, and says nothing about the policy; the next reset starts anew."""
 
 
 class VecEnv(Protocol):

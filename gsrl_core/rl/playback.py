@@ -45,7 +45,7 @@ def play(env: VecEnv, policy: Policy, seeds: Sequence[int], generator: torch.Gen
         length += step.executed.cpu()
         total += step.reward.cpu() * (step.executed.cpu() > 0)
         observation = step.observation
-    stats = EpisodeStats(tuple(seeds), step.success.cpu(), step.success_seed.cpu(), length, total)
+    stats = EpisodeStats(tuple(seeds), step.success.cpu(), step.success_seed.cpu(), length, total, step.lost.cpu())
     return stats, torch.cat(chunks, dim=1)
 
 

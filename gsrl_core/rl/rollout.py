@@ -33,7 +33,8 @@ class Rollout:
     terminated: Tensor
     """bool [T, B]: the task ended inside this chunk."""
     truncated: Tensor
-    """bool [T, B]: time ran out inside this chunk."""
+    """bool [T, B]: time ran out inside this chunk, or its simulation crashed; both are bootstrapped, neither is a
+    failure."""
     valid: Tensor
     """bool [T, B]."""
     chain: tuple[Mapping[str, Tensor], ...]
@@ -84,6 +85,8 @@ class EpisodeStats:
     """int64 [E]: control steps."""
     episode_return: Tensor
     """float32 [E]: undiscounted sum of rewards."""
+    lost: Tensor
+    """bool [E]: the simulation crashed; the other fields of this row say nothing about the policy."""
 
 
 def collect(
@@ -165,6 +168,7 @@ def join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
         success_seed=torch.cat([part.success_seed for part in parts]),
         length=torch.cat([part.length for part in parts]),
         episode_return=torch.cat([part.episode_return for part in parts]),
+        lost=torch.cat([part.lost for part in parts]),
     )
 
 
@@ -197,6 +201,7 @@ class _Stage:
         self.done = torch.zeros(env.num_envs, dtype=torch.bool)
         self.success = torch.zeros(env.num_envs, dtype=torch.bool)
         self.success_seed = torch.zeros(env.num_envs, dtype=torch.bool)
+        self.lost = torch.zeros(env.num_envs, dtype=torch.bool)
         self.length = torch.zeros(env.num_envs, dtype=torch.int64)
         self._cut = torch.zeros_like(self.done)
         """bool [B]: truncated in the last chunk; valued by the thread that also calls ``act``."""
@@ -235,7 +240,7 @@ class _Stage:
         row["terminated"] = step.terminated.cpu() & was_active
         row["truncated"] = step.truncated.cpu() & was_active & ~row["terminated"]
         self.observation = step.observation
-        self.success, self.success_seed = step.success.cpu(), step.success_seed.cpu()
+        self.success, self.success_seed, self.lost = step.success.cpu(), step.success_seed.cpu(), step.lost.cpu()
         self.length += step.executed.cpu()
         self._cut = row["truncated"]
         self.done = self.done | row["terminated"] | row["truncated"]
@@ -250,6 +255,7 @@ class _Stage:
             success_seed=self.success_seed,
             length=self.length,
             episode_return=grids["reward"].sum(0),
+            lost=self.lost,
         )
         return rollout, stats
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sapien import physx
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim import states as layout
 
-_PHYSX_GPU_LIBRARY = ".sapien/physx/105.1-physx-5.3.1.patch0/libPhysXGpu_64.so"
-"""Where sapien 3.0.3 looks for NVIDIA's library, below the home folder; its wheel does not contain it."""
+logger = logging.getLogger(__name__)
 
 
 class BatchPhysics:
@@ -35,6 +36,7 @@ class BatchPhysics:
 
         import gsrl_core.sim.put_cube_on_plate  # noqa: F401 (registers the environment)
 
+        self._seeds: list[int] = []
         self._action_dim = 7 if "ee" in sim.control_mode else 8
         self.states = layout.view(
             bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps)), num_envs, sim.max_episode_steps
@@ -60,7 +62,8 @@ class BatchPhysics:
                 "the batched backend starts nominal episodes only; pose and friction perturbations need physx_cpu"
             )
         _, info = self._env.reset(seed=[spec.seed for spec in specs])
-        for name in ("elapsed", "executed", "success", "success_seed"):
+        self._seeds = [spec.seed for spec in specs]
+        for name in ("elapsed", "executed", "success", "success_seed", "lost"):
             getattr(self.states, name)[:] = 0
         self._record(info, np.ones(len(specs), dtype=bool))
 
@@ -68,12 +71,15 @@ class BatchPhysics:
         """Execute ``actions`` float32 [B, H, A] where ``active`` [B]."""
         states = self.states
         states.executed[:] = 0
-        running = active.copy()
+        before = layout.snapshot(states)
+        running = active & ~states.lost.astype(bool)
         for h in range(actions.shape[1]):
             if not running.any():
                 break
-            command = torch.from_numpy(actions[:, h, : self._action_dim] * running[:, None]).to(self._base.device)
-            *_, info = self._env.step(command)
+            # An environment that is done gets zeros, whatever the policy made of its frozen observation.
+            command = np.where(running[:, None], actions[:, h, : self._action_dim], np.float32(0))
+            *_, info = self._env.step(torch.from_numpy(command).to(self._base.device))
+            running &= ~self._lose(running & ~self._finite(), before)
             states.executed[running] += 1
             states.elapsed[running] += 1
             states.success_seed[running & info["success_seed"].cpu().numpy()] = 1
@@ -89,6 +95,19 @@ class BatchPhysics:
     @property
     def _base(self) -> Any:
         return self._env.unwrapped
+
+    def _finite(self) -> np.ndarray:
+        """Bool [B]: the robot's joints are numbers."""
+        return torch.isfinite(self._base.agent.robot.get_qpos()).all(dim=1).cpu().numpy()
+
+    def _lose(self, diverged: np.ndarray, before: layout.States) -> np.ndarray:
+        """End the episodes of ``diverged`` (bool [B]) in the state before the chunk; returns the same."""
+        if diverged.any():
+            layout.restore(self.states, before, diverged)
+            self.states.lost[diverged] = 1
+            seeds = [self._seeds[env] for env in np.flatnonzero(diverged)]
+            logger.warning("the physics diverged; lost until the next reset: the episodes of seeds %s", seeds)
+        return diverged
 
     def _record(self, info: dict[str, torch.Tensor], which: np.ndarray) -> None:
         base, states = self._base, self.states
@@ -109,13 +128,26 @@ class BatchPhysics:
 
 
 def check_gpu_physics() -> None:
-    """Raise SimulationError, with what to do, unless GPU physics can run here."""
+    """Load PhysX's GPU library. Raises SimulationError, with what to do, unless GPU physics can run here."""
     if not torch.cuda.is_available():
         raise SimulationError("physics_backend physx_cuda needs a CUDA device; use physx_cpu on this machine")
-    library = Path.home() / _PHYSX_GPU_LIBRARY
+    # Where sapien looks for it. Not downloaded here: native code from the network is the user's decision.
+    library = Path.home() / ".sapien" / "physx" / physx.version() / "libPhysXGpu_64.so"
     if not library.is_file():
         raise SimulationError(
             f"physics_backend physx_cuda needs NVIDIA's library at {library}, which sapien's wheel does not contain; "
             "run `python -c 'import sapien.physx; sapien.physx.enable_gpu()'` once with network access (it downloads "
             "it from github.com/sapien-sim/physx-precompiled), copy it from another machine, or use physx_cpu"
         )
+    try:
+        physx.enable_gpu()
+    except OSError as error:
+        raise SimulationError(
+            f"physics_backend physx_cuda: {library} or the CUDA driver cannot be loaded ({error}); delete the file and "
+            "download it again, see that libcuda.so is on the loader's path, or use physx_cpu"
+        ) from error
+    except RuntimeError as error:
+        raise SimulationError(
+            f"physics_backend physx_cuda cannot be enabled ({error}); choose it before this process steps any physics "
+            "on the CPU, or use physx_cpu"
+        ) from error

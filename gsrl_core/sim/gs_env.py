@@ -123,7 +123,8 @@ class GsVecEnv:
 
         Raises:
             SimulationError: wrong shape, a number that is not finite in a running environment, or no episode yet.
-            WorkerError: a physics process died; the environment is then closed.
+            WorkerError: a physics process died again after every restart, or raised something unexpected; the
+                environment is then closed. (One that dies now and then only costs episodes: ``Step.lost``.)
         """
         self._check_actions(actions)
         states = self._physics.states
@@ -145,6 +146,7 @@ class GsVecEnv:
             success=self._tensor(success),
             success_seed=self._tensor(states.success_seed.astype(bool)),
             executed=self._tensor(states.executed.astype(np.int64)),
+            lost=self._tensor(states.lost.astype(bool)),
         )
 
     def render_video_frame(self) -> Tensor:
@@ -251,7 +253,7 @@ class GsVecEnv:
 
     def _done(self) -> np.ndarray:
         states = self._physics.states
-        return states.success.astype(bool) | (states.elapsed >= self.max_episode_steps)
+        return (states.success | states.lost).astype(bool) | (states.elapsed >= self.max_episode_steps)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self.device)

@@ -128,6 +128,7 @@ class GSEnvAdapter(gymnasium.Env):
         reward = step.reward if self._rewards else torch.zeros_like(step.reward)
         info = self._info(step.success)
         info["success_seed"] = step.success_seed
+        info["lost"] = step.lost
         return self._observation(step.observation), reward, step.terminated, step.truncated, info
 
     def evaluate(self) -> dict[str, Tensor]:

@@ -2,31 +2,32 @@
 
 PhysX on the CPU holds Python's lock while it steps, so threads gain nothing. Environment i lives in worker i mod W,
 which spreads the episodes that end early.
+
+A worker that dies takes the current episodes of its own environments with it and nothing else: they are *lost*, which
+is written in ``states.lost`` and logged with what repeats them, and a new process serves the next reset.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import mmap
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
-from socket import socketpair
-from typing import IO, Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from gsrl_core.errors import SimulationError, WorkerError
+from gsrl_core.errors import GsrlError, SimulationError, WorkerError
 from gsrl_core.sim import states as layout
+from gsrl_core.sim.process import WorkerDiedError, WorkerProcess
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.states import States
 from gsrl_core.sim.task import EpisodeSpec
 
-_CLOSE_SECONDS = 5.0
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""How often in a row a worker may be started again without having executed one chunk in between."""
 
 
 class Physics(Protocol):
@@ -39,80 +40,16 @@ class Physics(Protocol):
         ...
 
     def step(self, actions: np.ndarray, active: np.ndarray) -> None:
-        """Execute ``actions`` float32 [B, H, A] where ``active`` [B]; other environments stay as they are."""
+        """Execute ``actions`` float32 [B, H, A] where ``active`` [B]; other environments stay as they are.
+
+        Where the simulation crashes, ``states.lost`` is set and the rest of the entry is that before the chunk; the
+        environment cannot be stepped until the next reset.
+        """
         ...
 
     def close(self) -> None:
         """Release processes and memory; calling it again does nothing."""
         ...
-
-
-class _Worker:
-    """One process and the socket to it."""
-
-    def __init__(self, index: int, memory_fd: int, num_envs: int, horizon: int) -> None:
-        ours, theirs = socketpair()
-        self.index = index
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        environment = os.environ | {
-            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        }
-        # The child must find this very package, also when it was put on sys.path at run time.
-        paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        arguments = [str(value) for value in (theirs.fileno(), memory_fd, num_envs, horizon)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gsrl_core.sim.worker", *arguments],
-            pass_fds=(theirs.fileno(), memory_fd),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-        )
-        theirs.close()
-        self.connection = Connection(ours.detach())
-
-    def send(self, *command: Any) -> None:
-        try:
-            self.connection.send(command)
-        except (BrokenPipeError, ConnectionResetError):
-            raise self.death() from None
-
-    def receive(self) -> Exception | None:
-        """Wait for the answer to the last command: None, or what the worker raised, or how it died."""
-        try:
-            answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            return self.death()
-        if answer is None:
-            return None
-        name, message, trace = answer
-        if name == SimulationError.__name__:
-            return SimulationError(message)
-        return WorkerError(f"physics worker {self.index} raised {name}: {message}\n{trace}")
-
-    def death(self) -> WorkerError:
-        """Describe how the process ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=_CLOSE_SECONDS)
-        self._stderr.seek(0)
-        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-8:]
-        code = self.process.returncode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        advice = " (9 is often the kernel out of memory: use fewer workers)" if code == -9 else ""
-        report = "; its last words:\n" + "\n".join(last) if last else "; it wrote no error"
-        return WorkerError(f"physics worker {self.index} (pid {self.process.pid}) {how}{advice}{report}")
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.send(("close",))
-        self.connection.close()
-        try:
-            self.process.wait(timeout=_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._stderr.close()
 
 
 class Pool:
@@ -130,64 +67,162 @@ class Pool:
         Raises:
             WorkerError: a process could not be started.
         """
-        cores = len(os.sched_getaffinity(0))
-        count = min(workers or cores, num_envs)
-        self._settings = settings
-        self._num_envs = num_envs
-        self._workers: list[_Worker] = []
+        count = min(workers or len(os.sched_getaffinity(0)), num_envs)
+        self._settings, self._num_envs, self._horizon = settings, num_envs, horizon
+        self._workers: list[WorkerProcess] = []
+        self._memory_fd = -1
+        self._deaths = [0] * count
+        self._specs: tuple[EpisodeSpec, ...] = ()
+        self._present = np.zeros(num_envs, dtype=bool)
         size = layout.size_in_bytes(num_envs, horizon)
-        memory_fd = os.memfd_create("gsrl-physics")
+        self._memory_fd = os.memfd_create("gsrl-physics")
         try:
-            os.ftruncate(memory_fd, size)
-            self._block = mmap.mmap(memory_fd, size)
-            self.states = layout.view(self._block, num_envs, horizon)
-            self._workers = [_Worker(i, memory_fd, num_envs, horizon) for i in range(count)]
-            self._command({i: ("settings", settings) for i in range(count)})
+            os.ftruncate(self._memory_fd, size)
+            self.states = layout.view(mmap.mmap(self._memory_fd, size), num_envs, horizon)
+            self._workers = [self._start(i) for i in range(count)]
+            self._insist({i: ("reset", {}) for i in range(count)})
         except BaseException:
             self.close()
             raise
-        finally:
-            os.close(memory_fd)
 
     def reset(self, specs: Sequence[EpisodeSpec]) -> None:
-        """Start one episode per environment. Raises SimulationError, WorkerError (the pool is then closed)."""
+        """Start one episode per environment, in new processes where the old ones died.
+
+        Raises:
+            SimulationError: a wrong number of episodes, or the pool is closed.
+            WorkerError: a worker died more than :data:`MAX_RESTARTS` times in a row. The pool is then closed.
+        """
         if len(specs) != self._num_envs:
             raise SimulationError(f"{len(specs)} episodes for {self._num_envs} environments; give one each")
-        jobs = {env: spec for env, spec in enumerate(specs)}
-        self._command({i: ("reset", {env: jobs[env] for env in self._envs(i)}) for i in range(len(self._workers))})
+        self._specs = tuple(specs)
+        self._insist({i: ("reset", {env: specs[env] for env in self._envs(i)}) for i in range(len(self._workers))})
+        self._present[:] = True
+        self.states.lost[:] = 0
 
     def step(self, actions: np.ndarray, active: np.ndarray) -> None:
-        """See :class:`Physics`. Raises SimulationError, WorkerError (the pool is then closed)."""
-        width = self._settings.action_dim
+        """See :class:`Physics`.
+
+        Raises:
+            SimulationError: an action is not finite, there is no episode yet, or the pool is closed.
+            WorkerError: as in :meth:`reset`, or a worker raised an unexpected error. The pool is then closed.
+        """
+        if not self._specs:
+            raise SimulationError("the environment has no episode yet; call reset first")
         horizon = actions.shape[1]
-        self.states.actions[:, :horizon, :width] = actions
+        self.states.actions[:, :horizon, : self._settings.action_dim] = actions
         self.states.executed[:] = 0
-        jobs = {i: [env for env in self._envs(i) if active[env]] for i in range(len(self._workers))}
-        self._command({i: ("step", envs, horizon) for i, envs in jobs.items() if envs})
+        before = layout.snapshot(self.states)
+        running = active & self._present
+        jobs = {i: [env for env in self._envs(i) if running[env]] for i in range(len(self._workers))}
+        diverged, deaths = self._command({i: ("step", envs, horizon) for i, envs in jobs.items() if envs})
+        for index, envs in jobs.items():
+            if envs and index not in deaths:
+                self._deaths[index] = 0
+        reports = [(f"{death}\nit {self._occupation(index)}", jobs[index]) for index, death in deaths.items()]
+        reports += [(reason, [env]) for env, reason in diverged.items()]
+        for index in deaths:
+            self._present[list(self._envs(index))] = False
+        self._present[list(diverged)] = False
+        self._lose(active & ~self._present, before)
+        for reason, envs in reports:
+            self._report(reason, envs)
+        self._bury(deaths)
 
     def close(self) -> None:
         """Stop the processes; their memory goes with the last reference to ``states``."""
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.close()
+        if self._memory_fd >= 0:
+            os.close(self._memory_fd)
+            self._memory_fd = -1
 
     def _envs(self, worker: int) -> range:
         return range(worker, self._num_envs, len(self._workers))
 
-    def _command(self, commands: Mapping[int, tuple[Any, ...]]) -> None:
+    def _start(self, index: int) -> WorkerProcess:
+        try:
+            return WorkerProcess(index, self._memory_fd, self._num_envs, self._horizon, self._settings)
+        except OSError as error:
+            self.close()
+            raise WorkerError(f"physics worker {index} cannot be started: {error}; use fewer workers") from error
+
+    # ------------------------------------------------------------------ commands
+    def _insist(self, commands: Mapping[int, tuple[Any, ...]]) -> None:
+        """Execute commands that may be repeated, in new processes where the old ones are dead or die of them."""
+        while True:
+            for index, worker in enumerate(self._workers):
+                if not worker.alive:
+                    self._workers[index] = self._start(index)
+            _, deaths = self._command(commands)
+            self._bury(deaths)
+            if not deaths:
+                return
+            for death in deaths.values():
+                logger.warning("%s\nit is started again", death)
+            commands = {index: commands[index] for index in deaths}
+
+    def _command(self, commands: Mapping[int, tuple[Any, ...]]) -> tuple[dict[int, str], dict[int, WorkerDiedError]]:
+        """Send a command to each worker and take all answers.
+
+        Returns:
+            Environments that diverged, with the reason; workers that died, with how.
+
+        Raises:
+            SimulationError, WorkerError: what a living worker answered. The pool is then closed.
+        """
         if not self._workers:
             raise SimulationError("the environment is closed; make a new one")
+        diverged: dict[int, str] = {}
+        deaths: dict[int, WorkerDiedError] = {}
+        problems: list[GsrlError] = []
         try:
             for index, command in commands.items():
-                self._workers[index].send(*command)
-            # All answers are taken before an error is raised.
-            problems = [problem for index in commands if (problem := self._workers[index].receive())]
+                self._workers[index].send(command)
+            for index in commands:
+                try:
+                    diverged |= self._workers[index].receive()
+                except WorkerDiedError as death:
+                    deaths[index] = death
+                except GsrlError as problem:
+                    problems.append(problem)
         except BaseException:
             self.close()
             raise
         if problems:
             self.close()
             raise problems[0]
+        return diverged, deaths
+
+    # ------------------------------------------------------------------ crashes
+    def _bury(self, deaths: Mapping[int, WorkerDiedError]) -> None:
+        """Reap dead workers. Raises WorkerError, with the pool closed, when one has died too often."""
+        for index, death in deaths.items():
+            self._workers[index].close()
+            self._deaths[index] += 1
+            if self._deaths[index] > MAX_RESTARTS:
+                self.close()
+                raise WorkerError(
+                    f"{death}\nit was started {self._deaths[index]} times without executing one chunk, so it is not "
+                    "started again"
+                )
+
+    def _lose(self, lost: np.ndarray, before: States) -> None:
+        """End the episodes of ``lost`` [B]: what a worker may have written in part is what it was before the chunk."""
+        layout.restore(self.states, before, lost)
+        self.states.lost[lost] = 1
+
+    def _occupation(self, worker: int) -> str:
+        """What a dead worker was doing."""
+        envs = list(self._envs(worker))
+        busy = [env for env in envs if self.states.busy[env]]
+        self.states.busy[envs] = 0
+        return f"was stepping environment {busy[0]}" if busy else "was not stepping"
+
+    def _report(self, reason: str, envs: Iterable[int]) -> None:
+        elapsed = self.states.elapsed
+        episodes = "; ".join(f"environment {env}: {self._specs[env]} after {elapsed[env]} steps" for env in envs)
+        logger.warning("%s\nlost until the next reset: %s", reason, episodes)
 
     def __del__(self) -> None:
         self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,10 @@ _FIELDS: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "success": ("u1", ()),
     "success_seed": ("u1", ()),
     "parts": ("u1", (4,)),
+    "busy": ("u1", ()),
+    "lost": ("u1", ()),
 }
+_NOT_RECORDED = ("actions", "busy", "lost")
 PARTS = ("inside", "resting", "released", "still")
 """Names of the columns of ``parts``."""
 
@@ -54,6 +57,10 @@ class States:
     """uint8 [B]: the seed's success was met at some step."""
     parts: np.ndarray
     """uint8 [B, 4]: the parts of strict success now, see :data:`PARTS`."""
+    busy: np.ndarray
+    """uint8 [B]: a worker is stepping this environment; tells what a dead one was doing."""
+    lost: np.ndarray
+    """uint8 [B]: the simulation crashed in this episode; the rest of the entry is what it was before the chunk."""
 
 
 def size_in_bytes(num_envs: int, horizon: int) -> int:
@@ -69,6 +76,19 @@ def view(block: mmap.mmap | bytearray, num_envs: int, horizon: int) -> States:
         arrays[name] = np.frombuffer(block, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
         offset += _entry_bytes(name, num_envs, horizon)
     return States(**arrays)
+
+
+def snapshot(states: States) -> States:
+    """A copy of what episodes record; actions and flags of the machinery are shared with ``states``."""
+    recorded = [name for name in _FIELDS if name not in _NOT_RECORDED]
+    return replace(states, **{name: getattr(states, name).copy() for name in recorded})
+
+
+def restore(states: States, saved: States, which: np.ndarray) -> None:
+    """Put back what :func:`snapshot` copied, in the environments ``which`` (bool [B])."""
+    for name in _FIELDS:
+        if name not in _NOT_RECORDED:
+            getattr(states, name)[which] = getattr(saved, name)[which]
 
 
 def _shape(name: str, num_envs: int, horizon: int) -> tuple[int, ...]:

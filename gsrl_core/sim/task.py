@@ -145,14 +145,21 @@ def mean_speeds(before: np.ndarray, after: np.ndarray, seconds: float) -> tuple[
     return float(np.linalg.norm(after[:3, 3] - before[:3, 3]) / seconds), float(angle / seconds)
 
 
+def locate(cube_position: np.ndarray, plate_position: np.ndarray, plate_up: np.ndarray) -> tuple[bool, bool]:
+    """``inside`` and ``success_seed`` of :class:`Verdict`, from where the objects are; see :class:`ObjectState`."""
+    offset = cube_position - plate_position
+    planar = float(np.hypot(offset[0], offset[1]))
+    above = bool(0.0 <= offset[2] <= SEED_HEIGHT)
+    return bool(above and planar <= INSIDE_RADIUS and plate_up[2] > 0.97), bool(above and planar < SEED_RADIUS)
+
+
 def judge(state: ObjectState) -> Verdict:
     """Apply the strict and the seed's definition of success."""
-    offset = state.cube_position - state.plate_position
-    planar = float(np.hypot(offset[0], offset[1]))
+    inside, success_seed = locate(state.cube_position, state.plate_position, state.plate_up)
     return Verdict(
-        inside=bool(planar <= INSIDE_RADIUS and 0.0 <= offset[2] <= SEED_HEIGHT and state.plate_up[2] > 0.97),
+        inside=inside,
         resting=state.cube_on_plate,
         released=not state.cube_elsewhere,
         still=bool(state.cube_speed < REST_SPEED and state.cube_spin < REST_SPIN),
-        success_seed=bool(planar < SEED_RADIUS and 0.0 <= offset[2] <= SEED_HEIGHT),
+        success_seed=success_seed,
     )

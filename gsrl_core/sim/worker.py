@@ -7,8 +7,10 @@ descriptors without names, so nothing is left behind however either side dies.
 
 from __future__ import annotations
 
+import faulthandler
 import mmap
 import os
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -21,12 +23,17 @@ def main(socket_fd: int, memory_fd: int, num_envs: int, horizon: int) -> None:
     from gsrl_core.sim import states
     from gsrl_core.sim.episodes import Episodes
 
+    faulthandler.enable()  # a crash in native code leaves last words
+    # Ctrl-C reaches the whole process group; whether to stop is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     commands = Connection(socket_fd)
     block = mmap.mmap(memory_fd, states.size_in_bytes(num_envs, horizon))
     os.close(memory_fd)
-    view = states.view(block, num_envs, horizon)
-    episodes: Episodes | None = None
+    try:
+        episodes = Episodes(commands.recv(), states.view(block, num_envs, horizon))
+    except EOFError:
+        return
     while True:
         # The socket closes with the parent; a child that the parent forked may hold it open, hence the second test.
         while not commands.poll(_PARENT_CHECK_SECONDS):
@@ -39,13 +46,9 @@ def main(socket_fd: int, memory_fd: int, num_envs: int, horizon: int) -> None:
         if name == "close":
             return
         try:
-            if name == "settings":
-                episodes = Episodes(*arguments, view)
-            else:
-                getattr(episodes, name)(*arguments)
-            answer = None
+            answer = ("done", getattr(episodes, name)(*arguments))
         except Exception as error:
-            answer = (type(error).__name__, str(error), traceback.format_exc())
+            answer = ("raised", type(error).__name__, str(error), traceback.format_exc())
         try:
             commands.send(answer)
         except (BrokenPipeError, ConnectionResetError):

@@ -23,6 +23,10 @@ TABLE_QUAT = (np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0)
 """Turns PhysX's plane, whose normal is x, to face up."""
 
 
+class DivergedError(SimulationError):
+    """The numbers of one environment's physics are no longer finite; its episode is lost, others are not concerned."""
+
+
 @dataclass
 class _Bodies:
     """Handles into the current SAPIEN scene."""
@@ -79,7 +83,8 @@ class World:
         """Execute one control step of ``action`` [action_dim] in control units (m, rad; gripper in [-1, 1]).
 
         Raises:
-            SimulationError: the action is not finite, or the physics diverged.
+            SimulationError: the action is not finite.
+            DivergedError: the physics is no longer finite.
         """
         action = np.asarray(action, dtype=np.float64)
         if not np.isfinite(action).all():
@@ -90,7 +95,7 @@ class World:
         for _ in range(self._substeps):
             system.step()
         if not np.isfinite(self.qpos()).all():
-            raise SimulationError("the robot's joints are not finite: the physics diverged; raise sim_hz")
+            raise DivergedError("the robot's joints are not finite: the physics diverged; raise sim_hz")
 
     def _joint_targets(self, action: np.ndarray) -> np.ndarray:
         qpos = self.qpos().astype(np.float64)
@@ -138,11 +143,19 @@ class World:
         bodies = self._scene()
         return np.stack([np.concatenate([b.linear_velocity, b.angular_velocity]) for b in (bodies.cube, bodies.plate)])
 
-    def verdict(self) -> task.Verdict:
-        """Success and its parts, now."""
-        bodies = self._scene()
+    def verdict(self, *, complete: bool = True) -> task.Verdict:
+        """Success and its parts, now.
+
+        Args:
+            complete: if false, the costly parts (``resting``, ``released``, ``still``) are left false unless the cube
+                is inside the plate: where it is not, they cannot make a success.
+        """
+        cube, plate = self._cube_pose(), self._scene().plate.entity_pose.to_transformation_matrix()
+        if not complete:
+            inside, success_seed = task.locate(cube[:3, 3], plate[:3, 3], plate[:3, 2])
+            if not inside:
+                return task.Verdict(False, False, False, False, success_seed)
         on_plate, elsewhere = self._cube_contacts()
-        cube, plate = self._cube_pose(), bodies.plate.entity_pose.to_transformation_matrix()
         speed, spin = task.mean_speeds(self._cube_before, cube, 1 / self.settings.control_hz)
         return task.judge(
             task.ObjectState(

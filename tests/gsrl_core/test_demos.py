@@ -6,7 +6,7 @@ import torch
 
 from gsrl_core.config import load
 from gsrl_core.demos import export_lerobot, play, record_demos
-from gsrl_core.errors import TrainingError
+from gsrl_core.errors import SimulationError, TrainingError
 from gsrl_core.interfaces import NullReporter, Observation, Step
 from gsrl_core.policy.demonstrations import load_demonstrations
 
@@ -16,14 +16,17 @@ class LineEnv:
 
     action_dim, control_hz, max_episode_steps = 7, 10.0, 12
 
-    def __init__(self, num_envs):
+    def __init__(self, num_envs, crashes=0):
         self.num_envs = num_envs
+        self.crashes = crashes
+        """In so many batches the first environment's simulation crashes in the third step."""
         self.executed = []
 
     def reset(self, seeds):
         self.seeds, self.count = torch.tensor(list(seeds)), 0
         self.x = 0.1 + 0.01 * (self.seeds % 7).float()
         self.done = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.lost = self.done.clone()
         return self._observe()
 
     def privileged(self):
@@ -37,7 +40,12 @@ class LineEnv:
         self.done |= success
         truncated = torch.full_like(success, self.count == self.max_episode_steps) & ~self.done
         zero = torch.zeros(self.num_envs)
-        return Step(self._observe(), zero, self.done.clone(), truncated, self.done.clone(), self.done, zero.long())
+        if self.count == 3 and self.crashes:
+            self.crashes -= 1
+            self.lost[0] = True
+        truncated |= self.lost
+        done = self.done.clone()
+        return Step(self._observe(), zero, done, truncated, done, done, zero.long(), self.lost.clone())
 
     def render_video_frame(self):
         return self._observe().rgb["camera"]
@@ -87,6 +95,15 @@ def test_disturbance_depends_on_the_seed_alone():
     (alone,) = play(LineEnv(1), expert, [12], action_noise=0.004)
     among = [e for e in play(LineEnv(3), expert, [10, 12, 14], action_noise=0.004) if e.seed == 12]
     np.testing.assert_array_equal(alone.state, among[0].state)
+
+
+def test_a_batch_in_which_the_physics_crashed_is_played_again():
+    alone = play(LineEnv(2), expert, [10, 12], action_noise=0.004)
+    again = play(LineEnv(2, crashes=1), expert, [10, 12], action_noise=0.004)
+    assert [episode.seed for episode in again] == [10, 12]
+    np.testing.assert_array_equal(again[0].state, alone[0].state)
+    with pytest.raises(SimulationError, match=r"seeds \[10\], again"):
+        play(LineEnv(2, crashes=2), expert, [10, 12], action_noise=0.004)
 
 
 def test_facts_count_attempts_and_successes(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from gsrl_core import config as configuration
 from gsrl_core import evaluate as evaluation
-from gsrl_core.errors import ConfigError
+from gsrl_core.errors import ConfigError, SimulationError
 from gsrl_core.evaluate import evaluate, wilson_interval
 from gsrl_core.interfaces import NullReporter
 from gsrl_core.rl.playback import film, play
@@ -21,12 +22,12 @@ OVERRIDES = {
 }  # fmt: skip
 
 
-def sweep(folder, *, real=None, **overrides):
+def sweep(folder, *, real=None, embodiment=None, **overrides):
     keys = {key.replace("__", "."): value for key, value in overrides.items()}
     config = configuration.load("laptop", OVERRIDES | keys)
     return evaluate(
         folder / "policy", folder / "scene", folder / "out", config, NullReporter(),
-        real_results=real, embodiment=ToyEmbodiment(),
+        real_results=real, embodiment=embodiment or ToyEmbodiment(),
     )  # fmt: skip
 
 
@@ -46,6 +47,28 @@ def test_the_sweep_counts_the_right_episodes_and_writes_them_down(tmp_path):
     assert written["interval"] == pytest.approx(wilson_interval(written["successes"], 20, 0.95))
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"| nominal | 20 | {report.nominal.success_rate:.1%} |" in table
+
+
+@dataclass(frozen=True)
+class CrashingEmbodiment(ToyEmbodiment):
+    """In each cell the simulation crashes in these (call, environment)."""
+
+    crashes: tuple = ()
+
+    def make_env(self, num_envs, device, perturbation=None):
+        return ReachEnv(num_envs, self.episode_steps, crashes=self.crashes if num_envs == 8 else ())
+
+
+def test_lost_episodes_are_played_again_with_the_same_outcome_or_the_sweep_fails(tmp_path, caplog):
+    undisturbed = sweep(tmp_path / "a", evaluation__videos=0)
+    running = [length > 2 for length in undisturbed.nominal.length[:8]].index(True)
+    embodiment = CrashingEmbodiment(crashes=((2, running),))
+    report = sweep(tmp_path / "b", evaluation__videos=0, embodiment=embodiment)
+    assert report.as_json() == undisturbed.as_json()
+    assert f"crashed in the episodes of seeds [{9_000_000 + running}]" in caplog.text
+    always = CrashingEmbodiment(crashes=tuple((call, running) for call in range(1, 20)))
+    with pytest.raises(SimulationError, match=rf"crashed twice .* \[{9_000_000 + running}\]"):
+        sweep(tmp_path / "c", evaluation__videos=0, embodiment=always)
 
 
 def test_videos_show_the_first_episodes_with_their_outcome(tmp_path):

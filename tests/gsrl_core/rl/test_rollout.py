@@ -46,6 +46,26 @@ def test_next_value_is_the_critics_view_of_where_the_chunk_ended():
     assert torch.allclose(rollout.next_value[last, torch.arange(16)][cut], final[cut])
 
 
+def test_a_lost_episode_is_marked_and_bootstrapped_and_changes_nothing_else():
+    def play(crashes):
+        policy, env = GaussianPolicy(), ReachEnv(8, crashes=crashes)
+        rollout, stats = collect([env], policy, range(8), generator(), max_chunks=4, explore=False)
+        return policy, env, rollout, stats
+
+    _, _, whole, before = play(())
+    env_index = int((before.length > 4).nonzero()[0])
+    policy, env, rollout, stats = play([(2, env_index)])
+    assert stats.lost.tolist() == [b == env_index for b in range(8)]
+    assert not stats.success[env_index] and stats.length[env_index] == 2
+    assert rollout.truncated[:, env_index].tolist() == [False, True, False, False][: len(rollout.valid)]
+    assert rollout.valid[:, env_index].sum() == 2
+    assert torch.allclose(rollout.next_value[1, env_index], policy.value(env._observation())[env_index])
+    others = torch.arange(8) != env_index
+    assert torch.equal(rollout.valid[:, others], whole.valid[:, others])
+    assert torch.equal(rollout.reward[:, others], whole.reward[:, others])
+    assert torch.equal(stats.success[others], before.success[others]) and not before.lost.any()
+
+
 def test_an_episode_cut_by_max_chunks_is_bootstrapped():
     policy, env = GaussianPolicy(), ReachEnv(8, max_episode_steps=100)
     rollout, stats = collect([env], policy, range(8), generator(), max_chunks=3)

@@ -18,8 +18,10 @@ class ReachEnv:
     action_dim = 1
     control_hz = 10.0
 
-    def __init__(self, num_envs, max_episode_steps=8, fail_at=None):
+    def __init__(self, num_envs, max_episode_steps=8, fail_at=None, crashes=()):
         self.num_envs, self.max_episode_steps, self.fail_at = num_envs, max_episode_steps, fail_at
+        self.crashes = list(crashes)
+        """(call, environment): where the simulation crashes, as physics workers may."""
         self.calls, self.die_at, self.token = 0, None, ""
         self.threads = set()
 
@@ -30,6 +32,7 @@ class ReachEnv:
         self.steps = torch.zeros(self.num_envs, dtype=torch.int64)
         self.success = torch.zeros(self.num_envs, dtype=torch.bool)
         self.loose = self.success.clone()
+        self.lost = self.success.clone()
         return self._observation()
 
     def step_chunk(self, actions):
@@ -38,9 +41,11 @@ class ReachEnv:
         if self.calls == self.die_at and not Path(self.token).exists():
             Path(self.token).touch()
             os._exit(1)
+        for call, env in self.crashes:
+            self.lost[env] |= call == self.calls and not self.success[env]
         reward, executed = torch.zeros(self.num_envs), torch.zeros(self.num_envs, dtype=torch.int64)
         for h in range(actions.shape[1]):
-            running = ~self.success & (self.steps < self.max_episode_steps)
+            running = ~self.success & ~self.lost & (self.steps < self.max_episode_steps)
             move = actions[:, h, 0].cpu().clamp(-1, 1) * 0.2
             self.position = torch.where(running, self.position + move, self.position)
             reached = running & ((self.position - self.goal).abs() < 0.1)
@@ -51,9 +56,9 @@ class ReachEnv:
             self.steps += running
         if self.fail_at == self.calls:
             reward[0] = float("nan")
-        truncated = (self.steps >= self.max_episode_steps) & ~self.success
+        truncated = (self.lost | (self.steps >= self.max_episode_steps)) & ~self.success
         done = self.success.clone()
-        return Step(self._observation(), reward, done, truncated, done, self.loose.clone(), executed)
+        return Step(self._observation(), reward, done, truncated, done, self.loose.clone(), executed, self.lost.clone())
 
     def _observation(self):
         level = ((self.position - self.goal).clamp(-1, 1) * 127 + 127).to(torch.uint8)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sim_helpers import TINY_CAMERA, PoseRasterizer, empty_scene, sim_config
 
-from gsrl_core.errors import SimulationError, WorkerError
+from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.rotation import quat_to_matrix
 from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
@@ -253,20 +253,52 @@ def test_bad_use_is_explained(fresh):
         env.reset([1, 2])
 
 
-def test_a_dead_worker_surfaces_as_worker_error(fresh):
-    fresh.reset([1, 2])
-    fresh._physics._workers[0].process.kill()
-    with pytest.raises(WorkerError, match="signal 9"):
-        fresh.step_chunk(idle(fresh))
+def test_a_lost_episode_ends_truncated_without_success_and_the_next_reset_works():
+    with make_env(sim_config(workers=2), empty_scene(), PoseRasterizer()) as env:
+        first = env.reset([1, 2])
+        before = env.body_poses()
+        env._physics._workers[0].process.kill()
+        step = env.step_chunk(idle(env, 2))
+        assert step.lost.tolist() == step.truncated.tolist() == [True, False]
+        assert not step.success.any() and not step.terminated.any()
+        assert step.executed.tolist() == [0, 2]
+        assert torch.equal(env.body_poses()[0], before[0])
+        assert torch.equal(step.observation.rgb["3rd_view_camera"][0], first.rgb["3rd_view_camera"][0])
+        later = env.step_chunk(idle(env, 2))
+        assert later.lost.tolist() == [True, False]
+        assert later.executed.tolist() == [0, 2]
+        again = env.reset([1, 2])
+        assert torch.equal(again.state, first.state)
+        step = env.step_chunk(idle(env, 2))
+        assert not step.lost.any()
+        assert step.executed.tolist() == [2, 2]
 
 
-def test_unknown_task_and_missing_gpu_library_are_explained(monkeypatch, tmp_path):
+def test_an_unknown_task_is_explained():
     with pytest.raises(SimulationError, match="PutCubeOnPlate-v0"):
         make_env(sim_config(task="StackCube-v1"), empty_scene(), PoseRasterizer())
+
+
+def test_gpu_physics_without_gpu_or_library_is_explained(monkeypatch, tmp_path):
+    from sapien import physx
+
+    def refused():
+        with pytest.raises(SimulationError) as caught:
+            make_env(sim_config(physics_backend="physx_cuda"), empty_scene(), PoseRasterizer())
+        assert "use physx_cpu" in str(caught.value)
+        return str(caught.value)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SimulationError, match="CUDA device"):
-        make_env(sim_config(physics_backend="physx_cuda"), empty_scene(), PoseRasterizer())
+    assert "needs a CUDA device" in refused()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(SimulationError, match="libPhysXGpu_64"):
-        make_env(sim_config(physics_backend="physx_cuda"), empty_scene(), PoseRasterizer())
+    library = tmp_path / ".sapien" / "physx" / physx.version() / "libPhysXGpu_64.so"
+    missing = refused()
+    assert f"needs NVIDIA's library at {library}" in missing
+    assert "enable_gpu" in missing
+    assert not library.parent.exists()  # nothing is downloaded unasked
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"half a download")
+    assert "cannot be loaded" in refused()
+    monkeypatch.setattr(physx, "enable_gpu", lambda: (_ for _ in ()).throw(RuntimeError("PhysX is in use")))
+    assert "cannot be enabled (PhysX is in use)" in refused()

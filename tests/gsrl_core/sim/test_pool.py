@@ -1,17 +1,23 @@
+import logging
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gsrl_core.errors import SimulationError, WorkerError
+from gsrl_core.sim import states as layout
 from gsrl_core.sim import task
-from gsrl_core.sim.pool import Pool
+from gsrl_core.sim.episodes import Episodes
+from gsrl_core.sim.pool import MAX_RESTARTS, Pool
+from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.world import World
 
 SEEDS = (11, 12, 13)
@@ -65,21 +71,207 @@ def test_inactive_environments_are_left_alone(quick):
     pool.close()
 
 
-def test_a_killed_worker_is_reported_with_its_signal_and_ends_the_pool(quick):
+def everything(pool):
+    """Copies of all arrays that describe environments."""
+    names = [field.name for field in fields(pool.states) if field.name not in ("actions", "busy")]
+    return {name: getattr(pool.states, name).copy() for name in names}
+
+
+def three_chunks(settings, disturb=lambda pool, number: None):
+    """Three chunks of three environments in two workers (0 and 2, 1), then a reset and one more; copies of the states.
+
+    ``disturb`` is called before each chunk with its number.
+    """
+    pool, history = Pool(settings, 3, 10, 2), []
+    try:
+        active = np.ones(3, dtype=bool)
+        for number, start in enumerate((0, 3, 6, 0)):
+            if start == 0:
+                pool.reset(specs(SEEDS))
+            actions = np.stack([chunk(10, seed) for seed in SEEDS])[:, start : start + 3]
+            disturb(pool, number)
+            pool.step(actions, active & (pool.states.lost == 0))
+            history.append(everything(pool))
+        return history, [worker.process.pid for worker in pool._workers]
+    finally:
+        pool.close()
+
+
+def killer(at, env, ending=signal.SIGKILL, while_stepping=True):
+    """Kills the worker of ``env`` before chunk ``at``, or as soon as it steps that environment."""
+
+    def disturb(pool, number):
+        if number != at:
+            return
+        process = pool._workers[env % 2].process
+
+        def wait_and_kill():
+            while while_stepping and not pool.states.busy[env]:
+                pass
+            process.send_signal(ending)
+
+        thread = threading.Thread(target=wait_and_kill)
+        thread.start()
+        if not while_stepping:
+            thread.join()
+
+    return disturb
+
+
+@pytest.mark.parametrize("while_stepping", [True, False])
+def test_a_killed_worker_costs_the_current_episodes_of_its_environments_only(urdf, caplog, while_stepping):
+    settings = WorldSettings(urdf)  # at 500 Hz a chunk lasts long enough to be interrupted
+    calm, _ = three_chunks(settings)
+    with caplog.at_level(logging.WARNING):
+        hit, pids = three_chunks(settings, killer(1, 2, while_stepping=while_stepping))
+    assert [state["lost"].tolist() for state in hit] == [[0, 0, 0], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
+    for name in calm[0]:
+        # Environment 1 is in the other worker; after the next reset nothing tells that anything happened.
+        assert all((after[name][1] == before[name][1]).all() for after, before in zip(hit, calm, strict=True)), name
+        assert (hit[0][name] == calm[0][name]).all(), name
+        assert (hit[3][name] == calm[3][name]).all(), name
+        if name not in ("lost", "executed"):  # the others stay as they were before the chunk that was interrupted
+            assert (hit[2][name][[0, 2]] == calm[0][name][[0, 2]]).all(), name
+    assert hit[1]["executed"].tolist() == [0, 3, 0]
+    assert "killed by signal 9" in caplog.text
+    assert ("was stepping environment 2" if while_stepping else "was not stepping") in caplog.text
+    for env in (0, 2):
+        assert f"environment {env}: EpisodeSpec(seed={SEEDS[env]}, pose_range_scale=1.0, friction_" in caplog.text
+    assert f"environment 1: EpisodeSpec(seed={SEEDS[1]}" not in caplog.text
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_crash_in_native_code_leaves_last_words(urdf, caplog):
+    with caplog.at_level(logging.WARNING):
+        three_chunks(WorldSettings(urdf), killer(0, 0, signal.SIGSEGV))
+    assert "killed by signal 11" in caplog.text
+    assert "Fatal Python error: Segmentation fault" in caplog.text
+
+
+def test_an_environment_that_was_finished_keeps_its_result_when_its_worker_dies(quick):
+    pool = Pool(quick, 2, 5, 1)
+    pool.reset(specs((1, 2)))
+    pool.states.success[0] = 1
+    pool._workers[0].process.kill()
+    pool.step(np.zeros((2, 1, 7), np.float32), np.array([False, True]))
+    assert pool.states.lost.tolist() == [0, 1]
+    assert pool.states.success.tolist() == [1, 0]
+    pool.close()
+
+
+def test_a_worker_that_died_between_episodes_costs_nothing(quick):
+    pool = Pool(quick, 2, 5, 2)
+    pool._workers[1].process.kill()
+    pool.reset(specs((1, 2)))
+    pool.step(np.zeros((2, 2, 7), np.float32), np.ones(2, dtype=bool))
+    assert pool.states.lost.tolist() == [0, 0]
+    assert pool.states.executed.tolist() == [2, 2]
+    pool.close()
+
+
+def test_physics_that_diverges_costs_that_episode_only(quick, monkeypatch, caplog):
+    pool = Pool(quick, 2, 5, 1)
+    pool.reset(specs((1, 2)))
+    worker, before = pool._workers[0], everything(pool)
+    zero, active = np.zeros((2, 2, 7), np.float32), np.ones(2, dtype=bool)
+    receive = worker.receive
+    monkeypatch.setattr(worker, "receive", lambda: receive() | {0: "the physics diverged"})
+    with caplog.at_level(logging.WARNING):
+        pool.step(zero, active)
+    monkeypatch.undo()
+    assert pool.states.lost.tolist() == [1, 0]
+    assert (pool.states.qpos[0] == before["qpos"][0]).all()
+    assert pool.states.executed.tolist() == [0, 2]
+    assert "the physics diverged\nlost until the next reset: environment 0: EpisodeSpec(seed=1," in caplog.text
+    assert "environment 1" not in caplog.text
+    pool.step(zero, active)  # without its episode the environment is not stepped, also when asked to
+    assert pool.states.executed.tolist() == [0, 2]
+    pool.reset(specs((1, 2)))
+    assert pool._workers == [worker]
+    assert not pool.states.lost.any()
+    pool.close()
+
+
+def test_a_worker_goes_on_after_an_environment_diverged(quick, monkeypatch):
+    states = layout.view(bytearray(layout.size_in_bytes(2, 5)), 2, 5)
+    episodes = Episodes(quick, states)
+    episodes.reset({0: task.EpisodeSpec(1), 1: task.EpisodeSpec(2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(episodes._worlds[0], "qpos", lambda: np.full(9, np.nan, np.float32))
+        patch.setattr(episodes._worlds[0], "_joint_targets", lambda action: np.array(task.fr3.START_QPOS))
+        diverged = episodes.step([0, 1], 2)
+    assert list(diverged) == [0]
+    assert "diverged" in diverged[0]
+    assert states.executed.tolist() == [0, 2]
+    assert not states.busy.any()
+    episodes.reset({0: task.EpisodeSpec(1)})
+    assert episodes.step([0], 2) == {}
+
+
+@pytest.fixture
+def broken_interpreter(monkeypatch, tmp_path):
+    """Calling it makes every process that is started from then on die with last words."""
+
+    def breaks():
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/pids\necho out of luck >&2\nexit 3\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        return tmp_path / "pids"
+
+    return breaks
+
+
+def test_a_worker_that_dies_on_every_start_ends_in_a_clear_error(quick, broken_interpreter):
+    pids = broken_interpreter()
+    with pytest.raises(WorkerError, match=r"(?s)worker 0 .* exit code 3; .*out of luck\nit was started 4 times"):
+        Pool(quick, 1, 5, 1)
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 1 + MAX_RESTARTS
+    assert not any(alive(pid) for pid in started)
+
+
+def test_a_process_that_the_system_refuses_is_a_worker_error(quick, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerError, match=r"worker 0 cannot be started: .*/nowhere/python"):
+        Pool(quick, 1, 5, 1)
+
+
+def test_a_worker_that_cannot_be_restarted_ends_the_pool_and_leaves_no_process(quick, broken_interpreter):
     pool = Pool(quick, 2, 5, 2)
     pool.reset(specs((1, 2)))
     pids = [worker.process.pid for worker in pool._workers]
+    broken_interpreter()
     os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"worker 1 .* killed by signal 9"):
-        pool.step(np.zeros((2, 1, 7), np.float32), np.ones(2, dtype=bool))
+    pool.step(np.zeros((2, 1, 7), np.float32), np.ones(2, dtype=bool))
+    assert pool.states.lost.tolist() == [0, 1]
+    with pytest.raises(WorkerError, match="out of luck"):
+        pool.reset(specs((1, 2)))
     assert not any(alive(pid) for pid in pids)
     with pytest.raises(SimulationError, match="closed"):
         pool.reset(specs((1, 2)))
 
 
-def test_a_worker_that_cannot_build_its_world_says_why(quick, tmp_path):
-    from dataclasses import replace
+def test_a_worker_that_never_gets_a_chunk_done_is_given_up_and_one_that_does_is_not(quick, monkeypatch):
+    monkeypatch.setattr("gsrl_core.sim.pool.MAX_RESTARTS", 1)
+    pool = Pool(quick, 2, 5, 1)
+    zero, active = np.zeros((2, 1, 7), np.float32), np.ones(2, dtype=bool)
 
+    def die():
+        pool.reset(specs((1, 2)))
+        pool._workers[0].process.kill()
+        pool.step(zero, active)
+
+    for _ in range(2):  # there is progress in between
+        die()
+        pool.reset(specs((1, 2)))
+        pool.step(zero, active)
+    die()
+    with pytest.raises(WorkerError, match="without executing one chunk"):
+        die()
+
+
+def test_a_worker_that_cannot_build_its_world_says_why(quick, tmp_path):
     with pytest.raises(SimulationError, match=r"missing\.urdf"):
         pool = Pool(replace(quick, urdf=tmp_path / "missing.urdf"), 1, 5, 1)
         pool.reset(specs((1,)))

@@ -122,6 +122,26 @@ def test_the_environment_speaks_maniskill():
     env.close()
 
 
+def test_batch_backend_ends_an_episode_whose_physics_diverged(monkeypatch, caplog):
+    backend = BatchPhysics(sim_config(num_envs=1), 1)
+    backend.reset([task.EpisodeSpec(7)])
+    actions, active = np.zeros((1, 2, 7), np.float32), np.ones(1, dtype=bool)
+    backend.step(actions, active)
+    before = backend.states.body_to_world.copy()
+    monkeypatch.setattr(backend, "_finite", lambda: np.zeros(1, dtype=bool))
+    backend.step(actions, active)
+    assert backend.states.lost.tolist() == [1]
+    assert (backend.states.executed[0], backend.states.elapsed[0]) == (0, 2)
+    assert (backend.states.body_to_world == before).all()
+    assert "seeds [7]" in caplog.text
+    monkeypatch.undo()
+    backend.step(actions, active)
+    assert backend.states.executed[0] == 0
+    backend.reset([task.EpisodeSpec(7)])
+    assert backend.states.lost.tolist() == [0]
+    backend.close()
+
+
 def test_batch_backend_refuses_what_it_cannot_do():
     with pytest.raises(SimulationError, match="one environment on the CPU"):
         BatchPhysics(sim_config(), 2)

@@ -109,6 +109,16 @@ def test_a_moving_cube_is_not_success(world):
     assert not verdict.success
 
 
+@pytest.mark.parametrize("offset", [(0.0, 0, 0.06), (0.01, 0, 0.007), (0.05, 0, 0.03), (0.0, 0.14, 0.0)])
+def test_the_quick_verdict_agrees_on_success_and_is_whole_inside_the_plate(world, offset):
+    world.place("cube", above_plate(*offset))
+    for _ in range(12):
+        world.step(HOLD)
+        full, quick = world.verdict(), world.verdict(complete=False)
+        assert (quick.success, quick.success_seed, quick.inside) == (full.success, full.success_seed, full.inside)
+        assert quick == full or not full.inside
+
+
 def test_a_cube_beside_the_plate_is_not_success(world):
     world.place("cube", above_plate(0.0, 0.14, 0.0))
     verdict = settle(world)
