@@ -253,8 +253,8 @@ def start_ray() -> bool:
     Raises:
         WorkerError: there is no cluster at that address, or a local one does not start.
     """
-    # Read when ray is first imported. Under `uv run` Ray would pack this folder and start every worker with `uv run` in a
-    # copy of it; the nodes have the project installed.
+    # Read when ray is first imported. Under `uv run` Ray would pack this folder and start every worker with `uv run` in
+    # a copy of it; the nodes have the project installed.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
