@@ -19,6 +19,8 @@ import pycolmap
 _CHUNK_IMAGES = 8
 _PRINCIPAL_POINT_PHOTOS = 10
 _CHUNK_PAIRS = 100
+_MAPPING_THREADS = 1
+"""More would add up residuals in the order of finishing, and the choice between two models amplifies the last bit."""
 _STAGES = {"features": (0.0, 0.3), "matching": (0.3, 0.7), "mapping": (0.7, 1.0)}
 
 
@@ -48,29 +50,34 @@ def report(stage: str, fraction: float, message: str) -> None:
 
 def extract(database: Path, folder: Path, groups: list[dict[str, Any]]) -> None:
     """SIFT features; the photos of one group share one SIMPLE_RADIAL camera."""
-    total, done = sum(len(group["names"]) for group in groups), 0
+    register_photos(database, folder, groups)
+    names = [name for group in groups for name in group["names"]]
     options = pycolmap.FeatureExtractionOptions()
     options.max_image_size = max(max(group["size"]) for group in groups)
+    for start in range(0, len(names), _CHUNK_IMAGES):
+        chunk = names[start : start + _CHUNK_IMAGES]
+        pycolmap.extract_features(
+            database, folder / "images", image_names=chunk, extraction_options=options, device=pycolmap.Device.cpu
+        )
+        done = start + len(chunk)
+        report("features", done / len(names), f"features of {done} of {len(names)} photos")
+
+
+def register_photos(database: Path, folder: Path, groups: list[dict[str, Any]]) -> None:
+    """Enter photos and cameras before any thread runs: extraction would number the photos in the order of finishing."""
+    pycolmap.Database.open(database).close()
     for group in groups:
         reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
         if group["focal"] is not None:
             width, height = group["size"]
             reader.camera_params = f"{group['focal']},{width / 2},{height / 2},0"
-        for start in range(0, len(group["names"]), _CHUNK_IMAGES):
-            names = group["names"][start : start + _CHUNK_IMAGES]
-            pycolmap.extract_features(
-                database,
-                folder / "images",
-                image_names=names,
-                camera_mode=pycolmap.CameraMode.SINGLE,
-                reader_options=reader,
-                extraction_options=options,
-                device=pycolmap.Device.cpu,
-            )
-            with pycolmap.Database.open(database) as opened:
-                reader.existing_camera_id = opened.read_image_with_name(names[0]).camera_id
-            done += len(names)
-            report("features", done / total, f"features of {done} of {total} photos")
+        pycolmap.import_images(
+            database,
+            folder / "images",
+            camera_mode=pycolmap.CameraMode.SINGLE,
+            image_names=group["names"],
+            options=reader,
+        )
 
 
 def _pairs(database: Path, names: list[str], request: dict[str, Any]) -> list[tuple[str, str]]:
@@ -147,6 +154,7 @@ def map_images(database: Path, folder: Path, total: int, seed: int) -> pycolmap.
     """Incremental mapping; the model with the most photos, or None."""
     options = pycolmap.IncrementalPipelineOptions()
     options.min_model_size = 3
+    options.num_threads = options.mapper.num_threads = _MAPPING_THREADS
     options.random_seed = seed
     options.mapper.random_seed = seed
     options.triangulation.random_seed = seed
@@ -173,6 +181,7 @@ def refine_principal_points(model: pycolmap.Reconstruction) -> None:
             config.set_constant_cam_intrinsics(camera_id)
     config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
     options = pycolmap.BundleAdjustmentOptions(refine_principal_point=True, print_summary=False)
+    options.ceres.solver_options.num_threads = _MAPPING_THREADS
     pycolmap.create_default_bundle_adjuster(options, config, model).solve()
     model.update_point_3d_errors()
 
