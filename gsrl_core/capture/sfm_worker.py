@@ -64,7 +64,11 @@ def extract(database: Path, folder: Path, groups: list[dict[str, Any]]) -> None:
 
 
 def register_photos(database: Path, folder: Path, groups: list[dict[str, Any]]) -> None:
-    """Enter photos and cameras before any thread runs: extraction would number the photos in the order of finishing."""
+    """Enter photos and cameras before any thread runs: extraction would number the photos in the order of finishing.
+
+    Raises:
+        RuntimeError: a photo cannot be read; COLMAP itself would leave it out and go on.
+    """
     pycolmap.Database.open(database).close()
     for group in groups:
         reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
@@ -78,6 +82,10 @@ def register_photos(database: Path, folder: Path, groups: list[dict[str, Any]]) 
             image_names=group["names"],
             options=reader,
         )
+    with pycolmap.Database.open(database) as opened:
+        unread = [name for group in groups for name in group["names"] if opened.read_image_with_name(name) is None]
+    if unread:
+        raise RuntimeError(f"COLMAP could not read {', '.join(unread)}")
 
 
 def _pairs(database: Path, names: list[str], request: dict[str, Any]) -> list[tuple[str, str]]:
