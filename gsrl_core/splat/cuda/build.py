@@ -13,8 +13,6 @@ import torch
 
 from gsrl_core.errors import SceneError
 from gsrl_core.splat import constants
-from gsrl_core.splat.raster_gsplat import SURFACE_ALPHA
-from gsrl_core.splat.raster_numba import CONTACT_TOLERANCE
 
 LIBRARY_VARIABLE = "GSRL_CUDA_LIBRARY"
 """Path of a library built elsewhere (``python -m gsrl_core.splat.cuda.build OUT.so``); used instead of compiling."""
@@ -26,8 +24,8 @@ DEFINED = {
     "FRUSTUM_MARGIN": constants.FRUSTUM_MARGIN,
     "ALPHA_MAX": constants.ALPHA_MAX,
     "TRANSMITTANCE_MIN": constants.TRANSMITTANCE_MIN,
-    "CONTACT_TOLERANCE": CONTACT_TOLERANCE,
-    "SURFACE_ALPHA": SURFACE_ALPHA,
+    "CONTACT_TOLERANCE": constants.CONTACT_TOLERANCE,
+    "SURFACE_ALPHA": constants.SURFACE_ALPHA,
 }
 """The numbers that all rasterisers share, compiled in."""
 
