@@ -1,6 +1,6 @@
 """Frames per second of the batched renderer beside the seed's method, in one run on one GPU.
 
-    PYTHONPATH=. python benchmarks/render.py [--no-baseline] [--environments 1 64 256] [--stages] [--pictures]
+    PYTHONPATH=. python benchmarks/render.py [--no-baseline] [--environments 1 64 256] [--stages] [--sizes] [--pictures]
 
 640 x 480, 150,000 foreground splats over a cached background of 300,000; transforms, composite and uint8 included;
 poses are on the device, as physics leaves them, and so are our pictures (the baseline's are on the host, as the
@@ -27,6 +27,7 @@ import render_scene
 from render_baseline import SeedRenderer
 
 from gsrl_core.geometry.camera import Camera
+from gsrl_core.sim.supersample import averaged
 from gsrl_core.splat.cuda.recording import Recording
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.raster_cuda import CudaRasterizer
@@ -139,12 +140,30 @@ def pictures(name: str, scene: Scene) -> None:
             print(f"{name}, {view}: {what}: {psnr:.1f} dB, max {int(error.max())}, {beyond} of {error.numel()} above 2")
 
 
+def sizes(scene: Scene, environments: int) -> None:
+    """Print what a picture of 160 x 120 costs: drawn at its size, or larger and averaged, and how near that is."""
+    poses, rasterizer, full = render_scene.poses(environments).cuda(), CudaRasterizer(), render_scene.third_person()
+    finest = None
+    for n in (4, 3, 2, 1):
+        camera = full.scaled(n / 4)
+
+        def draw(camera: Camera = camera, n: int = n) -> Tensor:
+            return averaged(rasterizer.render(scene, poses, {"c": camera})["c"], n).rgb
+
+        took, seen = seconds(lambda _, draw=draw: draw(), [poses], 20), draw().float()
+        finest = seen if finest is None else finest
+        near = 10 * math.log10(255**2 / max(float((seen - finest).square().mean()), 1e-9))
+        size, rate = f"{camera.width} x {camera.height}", environments / took
+        print(f"160 x 120 from {size}, {environments} envs: {rate:.0f} frames/s, {near:.1f} dB to the finest")
+
+
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--stages", action="store_true", help="also print the kernels' times")
+    parser.add_argument("--sizes", action="store_true", help="also what small pictures cost and lose")
     parser.add_argument("--pictures", action="store_true", help="also compare pictures with gsplat and the CPU")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
@@ -166,6 +185,8 @@ def main() -> None:
                     print(
                         f"{what:38} {count:4} {took * 1e3:9.3f} {count / took:9.0f} {memory:6.2f} {ratio}", flush=True
                     )
+    if options.sizes:
+        sizes(scenes["degree 0"], max(options.environments))
     if options.pictures:
         for name, scene in scenes.items():
             pictures(name, scene)

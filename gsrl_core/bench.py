@@ -82,7 +82,7 @@ def render(config: PipelineConfig) -> dict[str, Any]:
     rasterizer = make_rasterizer(config.sim.rasterizer)
     poses = scene.rest_to_world.repeat(count, 1, 1, 1)
     poses[..., 2, 3] += 0.05 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).to(device)
-    rig = CameraRig(config.sim.cameras, config.sim.render_downscale)
+    rig = CameraRig(config.sim.cameras, config.sim.render_downscale, config.sim.render_supersample)
     still = torch.eye(4).expand(count, 4, 4)
     cameras = {name: camera.to(device) for name, camera in rig.cameras(poses.cpu(), still).items()}
     seconds = _seconds_per_call(lambda: rasterizer.render(scene, poses, cameras))

@@ -165,6 +165,9 @@ class SimConfig(Section):
     cameras: tuple[CameraConfig, ...] = (CameraConfig(),)
     render_downscale: int = Field(1, ge=1, le=16)
     """Pictures are rendered at width/n x height/n with the intrinsics scaled to match."""
+    render_supersample: int = Field(1, ge=1, le=8)
+    """They are drawn n times as large on each side and averaged, as a camera's pixel does. Equal to
+    ``render_downscale`` it draws the configured size: how a real picture, reduced, looks, at the full cost."""
     rasterizer: Literal["auto", "numba", "gsplat", "cuda"] = "auto"
     """numba (CPU), cuda (our kernels), gsplat (their reference); auto takes the fastest that runs here."""
     realism: RealismConfig = RealismConfig()

@@ -13,21 +13,24 @@ from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
 from gsrl_core.sim.lens import Lens, pinhole_rays
+from gsrl_core.sim.supersample import averaged
 from gsrl_core.splat.frames import Frames
 
 
 class CameraRig:
     """All cameras of B environments.
 
-    A camera with lens distortion is drawn as a larger pinhole (:meth:`cameras`) and bent afterwards (:meth:`bent`).
+    What is drawn (:meth:`cameras`) need not be what is seen (:meth:`finished`): a camera with lens distortion is drawn
+    as a larger pinhole and bent afterwards, and every camera may be drawn with more pixels that are averaged.
     """
 
-    def __init__(self, configs: Sequence[CameraConfig], downscale: int) -> None:
+    def __init__(self, configs: Sequence[CameraConfig], downscale: int, supersample: int = 1) -> None:
         """Build the rig.
 
         Args:
             configs: at least one camera, names distinct.
             downscale: pictures are 1/n of the configured size, intrinsics scaled to match.
+            supersample: they are drawn n times as large as that on each side and averaged.
 
         Raises:
             SimulationError: no camera, a name twice, a link that the robot does not have, or a distortion that cannot
@@ -40,8 +43,9 @@ class CameraRig:
         # Coefficients act on coordinates without a unit, so they are the same at every size.
         self._lenses = {c.name: Lens(seen[c.name], c.distortion) for c in configs if c.distortion and any(c.distortion)}
         self._seen = seen
+        self._supersample = supersample
         self._resting = {
-            name: self._lenses[name].pinhole(camera) if name in self._lenses else camera
+            name: (self._lenses[name].pinhole(camera) if name in self._lenses else camera).scaled(supersample)
             for name, camera in seen.items()
         }
         self._mounts = {config.name: _body(config) for config in configs if config.link is not None}
@@ -62,9 +66,10 @@ class CameraRig:
             for name, camera in self._seen.items()
         }
 
-    def bent(self, name: str, frames: Frames) -> Frames:
-        """What camera ``name`` shows of what was drawn for it; the same object for a pinhole."""
-        return self._lenses[name].bend_frames(frames) if name in self._lenses else frames
+    def finished(self, name: str, frames: Frames) -> Frames:
+        """What camera ``name`` shows of what was drawn for it; the same object for a pinhole drawn at its own size."""
+        reduced = averaged(frames, self._supersample)
+        return self._lenses[name].bend_frames(reduced) if name in self._lenses else reduced
 
     def cameras(self, body_to_world: Tensor, motion: Tensor) -> dict[str, Camera]:
         """The pinhole cameras to draw now.

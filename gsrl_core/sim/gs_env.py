@@ -52,7 +52,7 @@ def make_env(
         raise SimulationError(f"num_envs is {count}; at least 1 is needed")
     _check_bodies(scene)
     disturbed = perturbation or Perturbation()
-    rig = CameraRig(sim.cameras, sim.render_downscale)
+    rig = CameraRig(sim.cameras, sim.render_downscale, sim.render_supersample)
     realism = Realism(disturbed.realism_over(sim.realism), scene, rig.rays(), scene.gaussians.means.device)
     return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), disturbed, realism)
 
@@ -237,11 +237,11 @@ class GsVecEnv:
         drawn = self._rasterizer.render(self._scene, poses.to(self.device), cameras, extras=with_extras)
         finished = {}
         for name, frames in drawn.items():
-            bent = self._rig.bent(name, _on(frames, self.device))
-            rgb = realism.on_scene(name, bent, cameras[name], poses, envs)
+            seen = self._rig.finished(name, _on(frames, self.device))
+            rgb = realism.on_scene(name, seen, cameras[name], poses, envs)
             rgb = _tinted(rgb, gain.to(self.device)) if tinted else rgb
             rgb = realism.on_sensor(name, rgb, elapsed, envs)
-            finished[name] = replace(bent, rgb=rgb)
+            finished[name] = replace(seen, rgb=rgb)
         return finished
 
     def _observation(self) -> Observation:

@@ -62,7 +62,7 @@ def test_no_distortion_is_the_identity_bit_for_bit():
         config = CameraConfig(width=WIDTH, height=HEIGHT, fx=58, fy=60, cx=33.5, cy=22, distortion=absent)
         rig = CameraRig((config,), 1)
         frames = Frames(torch.zeros(1, HEIGHT, WIDTH, 3, dtype=torch.uint8))
-        assert rig.bent(rig.first, frames) is frames
+        assert rig.finished(rig.first, frames) is frames
     through_the_grid = Lens(CAMERA, (0.0,) * 5)
     assert (through_the_grid.width, through_the_grid.height) == (WIDTH, HEIGHT)
     picture = torch.randint(256, (2, HEIGHT, WIDTH, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
