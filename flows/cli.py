@@ -69,7 +69,7 @@ def run(preset: Preset = "laptop", assignments: Assignments = None) -> None:
 
       real2sim2real run --set assets.capture=my_photos --set ppo.iterations=20
     """
-    config = _config(preset, assignments)
+    config = _pipeline_config(preset, assignments)
     from flows.console import progress_shown
     from flows.environment import prefect_api
 
@@ -180,7 +180,7 @@ def _run_stage(
     out: Path | None,
 ) -> None:
     """Run one stage flow, print where its result is, and copy it to ``out``."""
-    config = _config(preset, assignments)
+    config = _pipeline_config(preset, assignments)
     if out is not None:
         _require_new(out)
     from flows.console import progress_shown
@@ -209,10 +209,17 @@ def _imported(kind: str, folder: Path) -> Artifact:
     return import_folder(folder, kind, Store())
 
 
-def _config(preset: str, assignments: list[str] | None) -> PipelineConfig:
-    from gsrl_core.config import load, parse_assignments
+def _pipeline_config(preset: str, assignments: list[str] | None) -> PipelineConfig:
+    """The configuration of a flow; keys that no stage reads are refused, as the deployments' forms do."""
+    from gsrl_core.config import FOLDER_COMMANDS, load, parse_assignments
 
-    return load(preset, parse_assignments(assignments or []))
+    overrides = parse_assignments(assignments or [])
+    if unread := [key for key in overrides if key.split(".")[0] in FOLDER_COMMANDS]:
+        raise ConfigError(
+            f"{', '.join(unread)}: no stage of the pipeline reads it; give it to the command "
+            f"`real2sim2real {unread[0].split('.')[0]}`"
+        )
+    return load(preset, overrides)
 
 
 def _verbose() -> bool:

@@ -18,7 +18,7 @@ Bundle = Annotated[Path, typer.Option(help="Folder of a package.")]
 def scene(
     photos: Annotated[Path, typer.Option(help="Folder of photos, or a video file.")],
     out: Annotated[Path, typer.Option(help="Folder for scene.ply, transforms.json and quality.json.")],
-    marker_size: Annotated[float | None, typer.Option(help="Edge of the ArUco tags on the bench [m].")] = None,
+    marker_size: Annotated[float | None, typer.Option(help="Edge of the ArUco tags on the bench, in metres.")] = None,
     preset: Preset = "laptop",
     assignments: Assignments = None,
 ) -> None:
@@ -73,7 +73,9 @@ def demos(
 def sft(
     demos: Annotated[Path, typer.Option(help="Folder that `demos` wrote.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from; none: random.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint to start from; none: a pi05_tiny of random weights.")
+    ] = None,
     preset: Preset = "laptop",
     assignments: Assignments = None,
 ) -> None:

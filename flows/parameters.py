@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_serializer
 from pydantic.fields import FieldInfo
 
+from gsrl_core.config import FOLDER_COMMANDS
 from gsrl_core.sections import PipelineConfig
 
 
@@ -35,6 +36,7 @@ def _overrides_model() -> type[_DottedKeys]:
     fields = {
         f"{section}__{name}": _optional(f"{section}.{name}", field)
         for section, section_field in PipelineConfig.model_fields.items()
+        if section not in FOLDER_COMMANDS
         for name, field in type(section_field.default).model_fields.items()
     }
     return create_model(

@@ -20,6 +20,7 @@ from flows.session import Session, StageReport, StageResult, session
 from flows.stages import expanded, finetune, release, run_flow, scene, start_policy, sweep
 from gsrl_core.artifacts import Artifact, Store, write_json
 from gsrl_core.config import apply_overrides
+from gsrl_core.preflight import check_pipeline
 from gsrl_core.sections import PipelineConfig
 
 _NONE = Overrides()
@@ -75,10 +76,11 @@ def real2sim2real(config: PipelineConfig, overrides: Overrides = _NONE) -> Pipel
         overrides: single values that replace the preset's, by dotted key.
 
     Raises:
-        GsrlError: a stage failed; the report says so too.
+        GsrlError: the configuration cannot work, or a stage failed; then the report says so too.
     """
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     config = expanded(config, overrides)
+    check_pipeline(config)
     Store().collect_garbage()
     start = time.perf_counter()
     with session(f"real2sim2real {run_id}", config, None) as run:

@@ -22,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -224,8 +224,9 @@ class Store:
     def _abandoned_workspaces(self) -> list[Path]:
         removed = []
         for folder in sorted((self.root / "work").glob("*")):
-            newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
-            if time.time() - newest > _ABANDONED_S and not _is_owned(self.root / "locks" / f"{folder.name}.lock"):
+            if time.time() - _last_change(folder) > _ABANDONED_S and not _is_owned(
+                self.root / "locks" / f"{folder.name}.lock"
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)
         return removed
@@ -248,6 +249,16 @@ class Store:
 
     def _entry(self, stage: str, key: str) -> Path:
         return self.root / "stages" / stage / f"{key}.json"
+
+
+def _last_change(folder: Path) -> float:
+    """Newest modification time [s] below ``folder``, whose owner may be adding and removing files meanwhile."""
+    newest = 0.0
+    for parent, folders, files in os.walk(folder):
+        for name in ("", *folders, *files):
+            with suppress(FileNotFoundError):
+                newest = max(newest, Path(parent, name).lstat().st_mtime)
+    return newest
 
 
 @contextmanager

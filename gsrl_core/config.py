@@ -32,6 +32,10 @@ _Values.add_implicit_resolver(
 )
 
 
+FOLDER_COMMANDS = ("demos", "sft")
+"""Sections of the commands of these names: no stage of the pipeline reads them, so no flow accepts their keys."""
+
+
 def config_dir() -> Path:
     """The folder of presets: package data of an installed wheel, else ``configs/`` of the checkout."""
     packaged = Path(__file__).parent / "configs"

@@ -124,7 +124,7 @@ def _cuda_compiler() -> Finding:
     if found:
         return Finding("nvcc", True, found)
     return Finding(
-        "nvcc", False, "missing", "gsplat's CUDA kernels, which are compiled on first use",
+        "nvcc", False, "missing", "the CUDA renderer's and gsplat's kernels, which are compiled on first use",
         "sudo apt install nvidia-cuda-toolkit (or NVIDIA's cuda-toolkit of torch's CUDA version)",
     )  # fmt: skip
 

@@ -18,11 +18,11 @@ from gsrl_core import states
 from gsrl_core.artifacts import JsonScalar, digest_folder, write_bytes, write_json
 from gsrl_core.config import section_digest
 from gsrl_core.embodiment import Embodiment, SplatEmbodiment
-from gsrl_core.errors import ConfigError, SimulationError, TrainingError
+from gsrl_core.errors import SimulationError, TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.rl.rollout import EpisodeStats
 from gsrl_core.sections import PipelineConfig
-from gsrl_core.team import Team, training_seeds, validation_seeds
+from gsrl_core.team import Team, check_seeds, training_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def finetune(
         ConfigError: training and evaluation would share seeds.
         PlacementError, TrainingError, WorkerError, CheckpointError, SceneError, SimulationError.
     """
-    _check_seeds(config)
+    check_seeds(config)
     out.mkdir(parents=True, exist_ok=True)
     workspace.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(checkpoint, scene, config)
@@ -163,19 +163,6 @@ def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
         f"{prefix}/num_trajectories": float(kept.sum()),
         f"{prefix}/lost": float(stats.lost.sum()),
     }
-
-
-def _check_seeds(config: PipelineConfig) -> None:
-    first, last = training_seeds(config, 0), training_seeds(config, config.ppo.iterations - 1)
-    evaluation = config.evaluation
-    reserved = range(evaluation.seed, evaluation.seed + max(evaluation.episodes, evaluation.episodes_per_perturbation))
-    used = {"training": range(first.start, last.stop), "validation": validation_seeds(config)}
-    for name, seeds in used.items():
-        if seeds.start < reserved.stop and reserved.start < seeds.stop:
-            raise ConfigError(
-                f"evaluation seeds {reserved.start}-{reserved.stop - 1} overlap {name} seeds {seeds.start}-"
-                f"{seeds.stop - 1}; choose another evaluation.seed (the default is 9000000)"
-            )
 
 
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:

@@ -34,7 +34,7 @@ from gsrl_core.geometry.fr3 import START_QPOS
 from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.interfaces import Policy, Reporter
 from gsrl_core.package_card import installed_requirements, machine_facts, model_card
-from gsrl_core.sections import PipelineConfig
+from gsrl_core.sections import PipelineConfig, SimConfig
 
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.model")
 SECTIONS = ("sim", "policy", "evaluation", "release")
@@ -158,23 +158,28 @@ def verify_package(bundle: Path, robot: bool, reporter: Reporter, *, timeout: fl
     return findings
 
 
-def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
-    """The contract of a policy trained under ``config``. Raises PackageError for what version 1 cannot express."""
-    if len(config.sim.cameras) != 1 or config.sim.cameras[0].link is not None:
+def check_packageable(sim: SimConfig) -> None:
+    """Raise PackageError for what version 1 of the contract cannot express."""
+    if len(sim.cameras) != 1 or sim.cameras[0].link is not None:
         raise PackageError(
-            f"sim.cameras has {len(config.sim.cameras)} cameras; packages support exactly one camera fixed in the base "
+            f"sim.cameras has {len(sim.cameras)} cameras; packages support exactly one camera fixed in the base "
             "frame (link: null)"
         )
-    if any(config.sim.cameras[0].distortion or ()):
+    if any(sim.cameras[0].distortion or ()):
         raise PackageError(
             "sim.cameras[0] has a distortion, and packages describe pinhole cameras only; train on undistorted "
             "pictures (distortion: null) and undistort the real camera's"
         )
-    if config.sim.control_mode != "pd_ee_target_delta_pose":
+    if sim.control_mode != "pd_ee_target_delta_pose":
         raise PackageError(
-            f"sim.control_mode is {config.sim.control_mode!r}; packages support pd_ee_target_delta_pose, whose actions "
+            f"sim.control_mode is {sim.control_mode!r}; packages support pd_ee_target_delta_pose, whose actions "
             "the robot client integrates on its last target"
         )
+
+
+def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
+    """The contract of a policy trained under ``config``. Raises PackageError for what version 1 cannot express."""
+    check_packageable(config.sim)
     if policy.action_dim != 7:
         raise PackageError(
             f"the policy has {policy.action_dim} action values; packages need 7 (xyz, Euler XYZ, gripper)"

@@ -42,7 +42,6 @@ from gsrl_core.deploy.manifest import check_manifest
 from gsrl_core.errors import GsrlError, PackageError
 from gsrl_core.package_run import serving
 
-EPISODE_SECONDS = 3.0
 REQUEST_TIMEOUT = 120.0
 # The tip of the rubber on a finger, in the finger's frame (m).
 _FINGER_TIPS = np.array([[x, y, 0.0545, 1.0] for x in (-0.00875, 0.00875) for y in (0.0, 0.01518)])
@@ -78,8 +77,7 @@ def check_package(bundle: Path, robot: bool) -> dict[str, Any]:
         findings["request_ms"] = _request_ms(client, vectors, contract)
         findings["robot_checked"] = robot
         if robot:
-            _progress(0.6, "one episode on the FR3 emulator")
-            findings |= _episode(bundle, contract, limits, client)
+            findings |= _robot_findings(bundle, contract, limits, client)
     findings["seconds"] = time.perf_counter() - started
     _progress(1.0, "verified")
     return findings
@@ -169,6 +167,16 @@ def check_following(log: EpisodeLog) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _robot_findings(bundle: Path, contract: Contract, limits: SafetyLimits, client: PolicyClient) -> dict[str, Any]:
+    # The episode runs in real time, and on a machine that is busy for a moment the emulated arm falls behind.
+    _progress(0.6, "one episode on the FR3 emulator")
+    try:
+        return _episode(bundle, contract, limits, client) | {"robot_attempts": 1}
+    except GsrlError as error:
+        _progress(0.6, f"{error}; trying once more")
+    return _episode(bundle, contract, limits, client) | {"robot_attempts": 2}
+
+
 def _episode(bundle: Path, contract: Contract, limits: SafetyLimits, client: PolicyClient) -> dict[str, Any]:
     from gsrl_core.splat.raster import make_rasterizer
     from gsrl_core.splat.scene import load_scene
@@ -183,7 +191,7 @@ def _episode(bundle: Path, contract: Contract, limits: SafetyLimits, client: Pol
         camera = SimulatedCamera(scene, rasterizer, contract.camera, robot.read)
         camera.read()  # the rasteriser compiles on its first picture
         envelope = Envelope(wide, contract, robot.q_range)
-        steps = round(EPISODE_SECONDS * contract.control_hz)
+        steps = contract.max_episode_steps
         try:
             run_episode(robot, client, envelope, camera, contract, log=log, permit=lambda: True, max_steps=steps)
         except GsrlError as error:

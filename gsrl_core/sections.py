@@ -151,7 +151,7 @@ class RealismConfig(Section):
 class SimConfig(Section):
     """The environment."""
 
-    task: str = "PutCubeOnPlate-v0"
+    task: str = Field("PutCubeOnPlate-v0", min_length=1)
     num_envs: int = Field(64, ge=1, le=4096)
     workers: int = Field(0, ge=0, le=512)
     """Physics processes; 0 takes one for each CPU core."""
@@ -161,8 +161,12 @@ class SimConfig(Section):
     solver_iterations: int = Field(25, ge=1, le=255)
     """PhysX position iterations per simulation step (25 is the seed's; 8 is half again as fast at 100 Hz)."""
     max_episode_steps: int = Field(100, ge=1, le=10_000)
-    control_mode: str = "pd_ee_target_delta_pose"
-    cameras: tuple[CameraConfig, ...] = (CameraConfig(),)
+    control_mode: Literal["pd_ee_target_delta_pose", "pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos"] = (
+        "pd_ee_target_delta_pose"
+    )
+    """ManiSkill's name. Packages for the robot take pd_ee_target_delta_pose only."""
+    cameras: tuple[CameraConfig, ...] = Field((CameraConfig(),), min_length=1)
+    """The policy gets their pictures in this order; packages for the robot take one that is fixed."""
     render_downscale: int = Field(1, ge=1, le=16)
     """Pictures are rendered at width/n x height/n with the intrinsics scaled to match."""
     render_supersample: int = Field(1, ge=1, le=8)
@@ -171,10 +175,13 @@ class SimConfig(Section):
     rasterizer: Literal["auto", "numba", "gsplat", "cuda"] = "auto"
     """numba (CPU), cuda (our kernels), gsplat (their reference); auto takes the fastest that runs here."""
     realism: RealismConfig = RealismConfig()
-    instruction: str = "pick up the cube and put it on the plate"
+    instruction: str = Field("pick up the cube and put it on the plate", min_length=1)
 
     @model_validator(mode="after")
-    def _divides(self) -> SimConfig:
+    def _consistent(self) -> SimConfig:
+        names = [camera.name for camera in self.cameras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"cameras {names}: every name only once")
         if self.sim_hz % self.control_hz:
             raise ValueError(f"sim_hz ({self.sim_hz}) must be a multiple of control_hz ({self.control_hz})")
         return self
@@ -304,8 +311,15 @@ class EvaluationConfig(Section):
     videos: int = Field(4, ge=0, le=64)
     """Episodes recorded per cell."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Of all intervals."""
     real_results: str | None = Field(None, min_length=1)
     """JSON file with outcomes on the real robot; the sweep then tells how well simulation predicts them."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> EvaluationConfig:
+        if len(set(self.perturbations)) < len(self.perturbations):
+            raise ValueError(f"perturbations {self.perturbations}: every one only once")
+        return self
 
 
 class ReleaseConfig(Section):

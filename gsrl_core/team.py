@@ -11,7 +11,7 @@ import torch
 from gsrl_core.dist.placement import Placement, parse_placement
 from gsrl_core.dist.workers import LocalWorkers, RayWorkers, WorkerGroup, cluster_devices, finish, start_ray, stop_ray
 from gsrl_core.embodiment import Embodiment
-from gsrl_core.errors import PlacementError
+from gsrl_core.errors import ConfigError, PlacementError
 from gsrl_core.rl.rollout import EpisodeStats, join_stats
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.training import WorkerSpec
@@ -166,6 +166,20 @@ def training_seeds(config: PipelineConfig, iteration: int) -> range:
 def validation_seeds(config: PipelineConfig) -> range:
     """Episode seeds for evaluations during training."""
     return range(90_000_000, 90_000_000 + config.sim.num_envs)
+
+
+def check_seeds(config: PipelineConfig) -> None:
+    """Raise ConfigError if an episode of the sweep is also trained or validated on."""
+    first, last = training_seeds(config, 0), training_seeds(config, config.ppo.iterations - 1)
+    evaluation = config.evaluation
+    reserved = range(evaluation.seed, evaluation.seed + max(evaluation.episodes, evaluation.episodes_per_perturbation))
+    used = {"training": range(first.start, last.stop), "validation": validation_seeds(config)}
+    for name, seeds in used.items():
+        if seeds.start < reserved.stop and reserved.start < seeds.stop:
+            raise ConfigError(
+                f"evaluation seeds {reserved.start}-{reserved.stop - 1} overlap {name} seeds {seeds.start}-"
+                f"{seeds.stop - 1}; choose another evaluation.seed (the default is 9000000)"
+            )
 
 
 def _placement(config: PipelineConfig) -> Placement:

@@ -29,7 +29,8 @@ from gsrl_core.hub import InterruptedDownloadError
 from gsrl_core.sections import PipelineConfig
 
 STAGE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retries": 0}
-"""Options of every task: a stage that failed is deterministic, trying again without a change does not help."""
+"""Options of every task: a stage that failed is deterministic, trying again without a change does not help. (The one
+that is not, the robot's episode in real time, is tried again inside the verification.)"""
 
 GPU_LIMIT = "gpu"
 """Name of the global concurrency limit whose slots are this host's GPUs."""
@@ -99,12 +100,14 @@ def restricted(config: PipelineConfig, sections: Iterable[str]) -> PipelineConfi
 def code_version(module: str) -> str:
     """Digest of the sources of ``module`` and of all modules of gsrl_core that it imports, directly or not.
 
-    The installed versions of the packages in ``_PACKAGES`` that these use are part of it.
+    CUDA sources beside them, and the installed versions of the packages in ``_PACKAGES`` that they use, are part of it.
     """
     total = hashlib.sha256()
     closure = sorted(_closure(module))
     for name in closure:
         total.update(f"{name}\0".encode() + _source(name).read_bytes())
+    for kernels in sorted({path for name in closure for path in _source(name).parent.glob("*.cu*")}):
+        total.update(f"{kernels.name}\0".encode() + kernels.read_bytes())
     for package in sorted({name for part in closure for name in _named(part)} & set(_PACKAGES)):
         total.update(f"{package}=={_installed(_PACKAGES[package])}\0".encode())
     return total.hexdigest()[:16]

@@ -96,9 +96,9 @@ def run_stage(
     with store.locked(f"{stage.name}-{key}"):
         if (hit := store.recall(stage.name, key)) is not None:
             _log.info("%s: from the store", label, extra={"stage": label, "fraction": 1.0})
-            tracking.cached_stage(parent_run_id, label, sections, key, hit)
+            tracking.cached_stage(parent_run_id, label, sections, key, digests, hit)
             return Completed(name="Cached", message=f"{stage.kind} {hit.sha256[:12]} from the store", data=hit)
-        with tracking.stage_run(parent_run_id, label, sections, key) as run:
+        with tracking.stage_run(parent_run_id, label, sections, key, digests) as run:
             artifact = _execute(store, stage, key, config, inputs, body, run, label)
             run.result(artifact)
             run.files(artifact.path, stage.attachments)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
+# Read when MLflow is first imported, which every function here puts off; a worker of Prefect has no other place for it.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 _log = logging.getLogger(__name__)
 _MAX_PARAM, _MAX_TAG = 500, 5000
 
@@ -85,9 +88,19 @@ def _not_masking(failure: BaseException) -> Iterator[None]:
 
 
 @contextmanager
-def stage_run(parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str) -> Iterator[StageRun]:
-    """A child run for one executed stage; marked FAILED when the block raises, KILLED when it is interrupted."""
-    run = _open_child(parent_run_id, stage, {"gsrl.stage_key": key, "gsrl.cached": "false"})
+def stage_run(
+    parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str, inputs: Mapping[str, str]
+) -> Iterator[StageRun]:
+    """A child run for one executed stage; marked FAILED when the block raises, KILLED when it is interrupted.
+
+    Args:
+        parent_run_id: the pipeline's run.
+        stage: name.
+        sections: of the configuration, recorded as parameters.
+        key: of the store's index.
+        inputs: digests by name; with each run's own ``gsrl.artifact.sha256`` they link every artefact to its origin.
+    """
+    run = _open_child(parent_run_id, stage, {"gsrl.cached": "false", **_origin(key, inputs)})
     try:
         run.params(_flattened(sections))
         yield run
@@ -102,12 +115,24 @@ def stage_run(parent_run_id: str, stage: str, sections: Mapping[str, Section], k
     run.close("FINISHED", {})
 
 
-def cached_stage(parent_run_id: str, stage: str, sections: Mapping[str, Section], key: str, artifact: Artifact) -> None:
+def cached_stage(
+    parent_run_id: str,
+    stage: str,
+    sections: Mapping[str, Section],
+    key: str,
+    inputs: Mapping[str, str],
+    artifact: Artifact,
+) -> None:
     """A child run for a stage that was not executed, so that pipelines can be compared stage by stage."""
-    run = _open_child(parent_run_id, stage, {"gsrl.stage_key": key, "gsrl.cached": "true"})
+    run = _open_child(parent_run_id, stage, {"gsrl.cached": "true", **_origin(key, inputs)})
     run.params(_flattened(sections))
     run.result(artifact)
     run.close("FINISHED", {})
+
+
+def _origin(key: str, inputs: Mapping[str, str]) -> dict[str, str]:
+    digests = {f"gsrl.input.{name.replace(' ', '_')}": digest for name, digest in inputs.items()}
+    return {"gsrl.stage_key": key, **digests}
 
 
 class StageRun:

@@ -19,6 +19,10 @@ STATE_AGE = 1.0
 """State age that stops an episode on the emulator [s]; it shares the processor with everything else."""
 STREAM_TIMEOUT = 1.0
 """Likewise, of the stream watchdog [s]."""
+CHUNK_AGE, WATCHDOG = 3.0, 10.0
+"""Likewise, of a chunk that is still used and of the wait for one [s]."""
+MIN_SUCCESS_RATE = 0.3
+"""Share of control packets that must arrive."""
 TRACKING = 2.0
 """Factor on the tracking monitors: the emulator falls behind real time, which shows as lag while it moves."""
 
@@ -40,6 +44,9 @@ def relaxed(limits: SafetyLimits) -> SafetyLimits:
         update={
             "max_state_age": max(STATE_AGE, limits.max_state_age),
             "stream_timeout": max(STREAM_TIMEOUT, limits.stream_timeout),
+            "max_chunk_age": max(CHUNK_AGE, limits.max_chunk_age),
+            "watchdog": max(WATCHDOG, limits.watchdog),
+            "min_success_rate": min(MIN_SUCCESS_RATE, limits.min_success_rate),
             "max_tracking_error": TRACKING * limits.max_tracking_error,
             "max_tracking_turn": TRACKING * limits.max_tracking_turn,
         }

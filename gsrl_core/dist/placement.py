@@ -50,20 +50,26 @@ def parse_placement(component_placement: Mapping[str, str], device_count: int) -
         PlacementError: a role is unknown, missing or given twice; a string cannot be read; a device does not exist;
             the numbers of processes do not fit each other.
     """
-    placed: dict[str, tuple[Devices, ...]] = {}
+    placed = {role: _processes(text, device_count) for role, text in check_roles(component_placement).items()}
+    placement = Placement(**placed)
+    _check_counts(placement)
+    return placement
+
+
+def check_roles(component_placement: Mapping[str, str]) -> dict[str, str]:
+    """Role -> resources, every role once, whatever devices there are. Raises PlacementError."""
+    placed: dict[str, str] = {}
     for key, text in component_placement.items():
         for role in (part.strip() for part in key.split(",")):
             if role not in ROLES:
                 raise PlacementError(f"unknown role {role!r} in component_placement; roles: {', '.join(ROLES)}")
             if role in placed:
                 raise PlacementError(f"component_placement places {role!r} twice; name every role once")
-            placed[role] = _processes(str(text), device_count)
+            placed[role] = str(text)
     missing = [role for role in ROLES if role not in placed]
     if missing:
         raise PlacementError(f"component_placement does not place {', '.join(missing)}; roles: {', '.join(ROLES)}")
-    placement = Placement(**placed)
-    _check_counts(placement)
-    return placement
+    return placed
 
 
 def _check_counts(placement: Placement) -> None:

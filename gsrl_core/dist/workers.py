@@ -256,6 +256,7 @@ def start_ray() -> bool:
     # Read when ray is first imported. Under `uv run` Ray would pack this folder and start every worker with `uv run` in
     # a copy of it; the nodes have the project installed.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     if ray.is_initialized():

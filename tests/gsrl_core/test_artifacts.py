@@ -330,3 +330,26 @@ def test_home_follows_the_environment(monkeypatch, tmp_path):
     assert gsrl_home().name == ".gsrl"
     monkeypatch.setenv("GSRL_HOME", "relative")
     assert gsrl_home().is_absolute()
+
+
+def test_garbage_is_collected_beside_a_writer_whose_files_come_and_go(tmp_path):
+    store = Store(tmp_path)
+    folder = store.workspace("busy") / "deep"
+    folder.mkdir(parents=True)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for name in "abcdefgh":
+                (folder / name).write_text("x")
+            for name in "abcdefgh":
+                (folder / name).unlink()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(300):
+            assert store.collect_garbage() == []
+    finally:
+        stop.set()
+        writer.join()

@@ -50,6 +50,11 @@ def test_override_replaces_one_value_only():
         ({"sim.realism.exposure_rang": [1, 2]}, "did you mean sim.realism.exposure_range"),
         ({"sim.realism.exposure_range": [1.5, 0.5]}, "exposure_range (1.5, 0.5) must be two numbers"),
         ({"sim.realism.gamma_range": [0, 1]}, "0.1 <= low"),
+        ({"sim.control_mode": "nonsense"}, "sim.control_mode: Input should be 'pd_ee_target_delta_pose'"),
+        ({"sim.cameras": []}, "sim.cameras"),
+        ({"sim.cameras": [{"name": "a"}, {"name": "a"}]}, "every name only once"),
+        ({"sim.instruction": ""}, "sim.instruction: String should have at least 1 character"),
+        ({"evaluation.perturbations": ["pose", "pose"]}, "every one only once"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],
 )
