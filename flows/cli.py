@@ -28,17 +28,19 @@ app = typer.Typer(
 
     [b]Start here[/b]
 
-      real2sim2real doctor                  what this machine has and lacks
-      real2sim2real run                     the whole chain at laptop size (two CPU cores, minutes)
-      real2sim2real up                      Prefect and MLflow in the browser, with a worker
+      real2sim2real doctor     what this machine has and lacks
+      real2sim2real run        the whole chain at laptop size: minutes on 2 cores
+      real2sim2real up         Prefect and MLflow in the browser, with a worker
 
     [b]Then[/b]
 
       real2sim2real run --preset one-gpu --set ppo.iterations=50
-      real2sim2real scene --photos my_photos --out my_scene && real2sim2real view my_scene
+      real2sim2real scene --photos my_photos --out my_scene
+      real2sim2real view my_scene
 
-    Everything is kept under $GSRL_HOME (default ~/.gsrl); what is there already is not computed again. Exit code 0 is
-    success, 1 a clear message on standard error; --debug (anywhere) adds the traceback.
+    Everything is kept under $GSRL_HOME (default ~/.gsrl) and not made twice.
+
+    Exit code 0: success. 1: one clear line on standard error (--debug: more).
     """,
 )
 
@@ -62,8 +64,8 @@ _NO_SPACE = 8 * 2**20
 def run(preset: Preset = "laptop", assignments: Assignments = None) -> None:
     """Run the whole pipeline, from photos to a verified package; finished stages come from the store.
 
-    Exit code 0: a package was released. 1: an error, or a gate found that nothing should be released (the reason says
-    what to do; the stages that are done stay cached).
+    Exit code 0: a package was released. 1: an error, or a gate found that nothing
+    should be released (the reason says what to do; finished stages stay cached).
 
       real2sim2real run
 

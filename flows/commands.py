@@ -153,8 +153,8 @@ def deploy(
 ) -> None:
     """Drive one episode on an FR3, inside the package's safety envelope. Keep the emergency stop in your hand.
 
-    Dead-man switch: hold the space bar (or Enter) down in this terminal while the arm moves; releasing it stops the
-    arm. A dry run and an emulator on loopback need none.
+    Dead-man switch: the space bar (or Enter), held down in this terminal while
+    the arm moves; releasing it stops the arm. A dry run and an emulator need none.
 
     real2sim2real deploy --bundle fr3_package --robot 172.16.0.2 --dry-run
 

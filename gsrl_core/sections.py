@@ -309,7 +309,7 @@ class EvaluationConfig(Section):
     )
     seed: Seed = 9_000_000
     videos: int = Field(4, ge=0, le=64)
-    """Episodes recorded per cell."""
+    """Episodes recorded per cell, of its first batch (so at most ``sim.num_envs``)."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Of all intervals."""
     real_results: str | None = Field(None, min_length=1)
