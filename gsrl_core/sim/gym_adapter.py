@@ -1,7 +1,7 @@
 """``gym.make("GSEnv-PutCubeOnPlate-v0", ...)``: the seed's environment interface on top of :class:`GsVecEnv`.
 
 Code written for ManiSkill-GS (RLinf's ``env_type: maniskill`` among it) finds the same keyword arguments, observation
-dictionary and return values. Importing this module registers the name.
+dictionary and return values. Importing this module registers the names of all tasks; :func:`register` adds one more.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gsrl_core.interfaces import Observation, Rasterizer
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
+from gsrl_core.sim.tasks import DEFAULT, NAMES, load_task
 from gsrl_core.splat.scene import Scene, load_scene
 
-ENV_ID = "GSEnv-PutCubeOnPlate-v0"
 _GS_KEYS = ("render_interface", "cache_table", "render_bs", "device", "back_ground_file", "scene", "rasterizer", "sim")
 
 
@@ -35,6 +35,7 @@ class GSEnvAdapter(gymnasium.Env):
     def __init__(
         self,
         *,
+        task_reference: str = DEFAULT,
         num_envs: int = 1,
         obs_mode: str = "rgb",
         reward_mode: str = "sparse",
@@ -48,6 +49,7 @@ class GSEnvAdapter(gymnasium.Env):
         """Build the environment.
 
         Args:
+            task_reference: see :func:`gsrl_core.sim.tasks.load_task`; the registered names bring theirs.
             num_envs: B.
             obs_mode: ``state``, ``rgb`` or ``sensor_data``; as in the seed the dictionary always carries both.
             reward_mode: ``sparse`` or ``only_success`` (+1 on first success), ``none`` (zeros).
@@ -57,7 +59,8 @@ class GSEnvAdapter(gymnasium.Env):
             sim_backend: ``auto``, ``physx_cpu`` or ``physx_cuda``.
             max_episode_steps: control steps before truncation.
             gs_kwargs: ``render_interface`` (``gs_rlinf`` or ``gs``), ``device``, ``scene`` (folder or Scene),
-                ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics and cameras are used).
+                ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics, cameras and
+                task options are used).
                 ``cache_table`` must be true and ``render_bs`` is any size: the background is always cached and
                 rendering is always batched. ``back_ground_file`` must be none: the scene brings its background.
 
@@ -67,7 +70,7 @@ class GSEnvAdapter(gymnasium.Env):
         options = dict(gs_kwargs or {})
         unknown = sorted(set(options) - set(_GS_KEYS))
         if unknown:
-            raise SimulationError(f"{ENV_ID}: gs_kwargs has unknown keys {unknown}; allowed: {', '.join(_GS_KEYS)}")
+            raise SimulationError(f"GSEnv: gs_kwargs has unknown keys {unknown}; allowed: {', '.join(_GS_KEYS)}")
         _check("obs_mode", obs_mode, ("state", "rgb", "sensor_data"))
         _check("reward_mode", reward_mode, ("sparse", "only_success", "none"))
         _check("robot_uids", robot_uids, (fr3.ROBOT_UID,))
@@ -78,7 +81,7 @@ class GSEnvAdapter(gymnasium.Env):
         _check("gs_kwargs.cache_table", options.get("cache_table", True), (True,))
         _check("gs_kwargs.back_ground_file", options.get("back_ground_file"), (None,))
         sim: SimConfig = options.get("sim") or SimConfig()
-        changes = {"control_mode": control_mode, "max_episode_steps": max_episode_steps}
+        changes = {"task": task_reference, "control_mode": control_mode, "max_episode_steps": max_episode_steps}
         if sim_backend != "auto":
             changes["physics_backend"] = sim_backend
         scene, rasterizer = _scene_and_rasterizer(options, sim)
@@ -193,7 +196,21 @@ def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[S
 
 def _check(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise SimulationError(f"{ENV_ID}: {name}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+        raise SimulationError(f"GSEnv: {name}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
 
-gymnasium.register(ENV_ID, entry_point=f"{__name__}:GSEnvAdapter", disable_env_checker=True, order_enforce=False)
+def register(reference: str) -> str:
+    """Register ``GSEnv-<name>`` for a task (``FILE.py:CLASS`` for one of your own) and return this id."""
+    env_id = f"GSEnv-{load_task(reference).name}"
+    gymnasium.register(
+        env_id,
+        entry_point=f"{__name__}:GSEnvAdapter",
+        disable_env_checker=True,
+        order_enforce=False,
+        kwargs={"task_reference": reference},
+    )
+    return env_id
+
+
+for _name in NAMES:
+    register(_name)

@@ -2,11 +2,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sim_helpers import PoseRasterizer, empty_scene, sim_config
+from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
 
 import gsrl_core.sim.gym_adapter  # noqa: F401 (registers)
 from gsrl_core.errors import SimulationError
-from gsrl_core.sim.expert import Expert
 
 
 def make(num_envs=2, gs=None, **kwargs):
@@ -84,9 +83,9 @@ def test_seeds_and_reset_ids_fix_the_episode(env):
 
 def test_the_expert_scores_through_the_adapter(env):
     env.reset(seed=0)
-    base, expert, total = env.unwrapped, Expert(), torch.zeros(2)
+    base, expert, total = env.unwrapped, PUT.expert(), torch.zeros(2)
     for _ in range(100):
-        _, reward, terminated, truncated, info = env.step(expert.act(base._env.privileged()))
+        _, reward, terminated, truncated, info = env.step(expert(base._env.privileged()))
         total += reward
         if (terminated | truncated).all():
             break
