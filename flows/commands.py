@@ -11,7 +11,9 @@ import typer
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value; repeat for more.")
 ]
-Preset = Annotated[str, typer.Option(help="Size: laptop, one-gpu, full or cluster.")]
+Preset = Annotated[
+    str, typer.Option(help="laptop, one-gpu, full, cluster, stack-cube, pick-and-place, or a YAML file.")
+]
 Bundle = Annotated[Path, typer.Option(help="Folder of a package.")]
 
 

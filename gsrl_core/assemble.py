@@ -104,7 +104,7 @@ def object_bodies(task: Task, seed: int = 0) -> Bodies:
         SceneError: a mesh or splat file cannot be read.
     """
     places = task.start(EpisodeSpec(0, pose_range_scale=0.0)).objects
-    return {thing.name: (_looks(thing.look, seed), _transform(places[thing.name])) for thing in task.objects()}
+    return {thing.name: (_looks(thing.look, seed), _transform(places[thing.name])) for thing in task.bodies}
 
 
 def _looks(look: Painted | MeshFile | SplatFile, seed: int) -> Gaussians:

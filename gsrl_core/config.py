@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from gsrl_core.errors import ConfigError
 from gsrl_core.sections import PipelineConfig, Section, absolute_files
 
-PRESETS = ("full", "one-gpu", "cluster", "laptop")
+PRESETS = ("full", "one-gpu", "cluster", "laptop", "stack-cube", "pick-and-place")
 
 
 _SUFFIXES = (".yaml", ".yml")

@@ -33,22 +33,19 @@ class BatchPhysics:
             check_gpu_physics()
         elif num_envs != 1:
             raise SimulationError(f"ManiSkill runs one environment on the CPU, not {num_envs}; use the worker pool")
-        import gymnasium
-
-        from gsrl_core.sim.maniskill import register_task
+        from gsrl_core.sim.maniskill import env_class
 
         made = load_task(sim.task, sim.task_options)
         self._seeds: list[int] = []
         self._action_dim = 7 if "ee" in sim.control_mode else 8
-        objects = len(made.objects())
+        objects = len(made.bodies)
         self.states = layout.view(
             bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps, objects)),
             num_envs,
             sim.max_episode_steps,
             objects,
         )
-        self._env = gymnasium.make(
-            register_task(made),
+        self._env = env_class(made)(
             num_envs=num_envs,
             obs_mode="none",
             reward_mode="none",

@@ -51,7 +51,7 @@ def make_env(
     count = sim.num_envs if num_envs is None else num_envs
     if count < 1:
         raise SimulationError(f"num_envs is {count}; at least 1 is needed")
-    _check_bodies(scene, body_names(played.objects()))
+    _check_bodies(scene, body_names(played))
     disturbed = (perturbation or Perturbation()).for_task(played.rewordings)
     rig = CameraRig(sim.cameras, sim.render_downscale)
     realism = Realism(disturbed.realism_over(sim.realism), scene, rig.rays(), scene.gaussians.means.device)
@@ -91,7 +91,7 @@ class GsVecEnv:
         self.device = scene.gaussians.means.device
         played = load_task(sim.task, sim.task_options)
         self._instruction = sim.instruction or played.instruction
-        self._objects = tuple(thing.name for thing in played.objects())
+        self._objects = tuple(thing.name for thing in played.bodies)
         self._scene = scene
         self._rasterizer = rasterizer
         self._rig = rig

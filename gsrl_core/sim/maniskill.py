@@ -107,7 +107,7 @@ class _ObjectBuilder(ActorBuilder):
 
 
 class TaskEnv(BaseEnv):
-    """One task: strict ``success`` beside the looser ``success_seed``. Subclasses are made by :func:`register_task`.
+    """One task: strict ``success`` beside the looser ``success_seed``. Subclasses are made by :func:`env_class`.
 
     The start depends on the episode seed alone; unseeded resets draw one from ManiSkill's main generator.
     """
@@ -158,9 +158,7 @@ class TaskEnv(BaseEnv):
         table.set_initial_pose(sapien.Pose())
         self.table = table.build_static(TABLE)
         start = self.task.start(task.EpisodeSpec(0)).objects
-        self.objects = {
-            thing.name: self._add_object(thing, start[thing.name]) for thing in task.checked_objects(self.task)
-        }
+        self.objects = {thing.name: self._add_object(thing, start[thing.name]) for thing in self.task.bodies}
 
     def _add_object(self, thing: TaskObject, placed: np.ndarray) -> Actor:
         builder = _ObjectBuilder().set_scene(self.scene)
@@ -233,12 +231,10 @@ class TaskEnv(BaseEnv):
         return [self.task.instruction] * self.num_envs
 
 
-def register_task(made: task.Task) -> str:
-    """Register a task's environment with ManiSkill and return its id, the task's name."""
-    env = type(made.name.partition("-")[0], (TaskEnv,), {"task": made})
-    register_env(made.name, max_episode_steps=task.MAX_EPISODE_STEPS, override=True)(env)
-    return made.name
+def env_class(made: task.Task) -> type[TaskEnv]:
+    """The environment class of a task."""
+    return type(made.name.partition("-")[0], (TaskEnv,), {"task": made})
 
 
 for _name in NAMES:
-    register_task(load_task(_name))
+    register_env(_name, max_episode_steps=task.MAX_EPISODE_STEPS, override=True)(env_class(load_task(_name)))

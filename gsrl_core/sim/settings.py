@@ -37,8 +37,15 @@ class WorldSettings:
             raise SimulationError(f"control mode {self.control_mode!r}; allowed: {', '.join(CONTROL_MODES)}")
         if self.sim_hz % self.control_hz:
             raise SimulationError(f"sim_hz {self.sim_hz} must be a multiple of control_hz {self.control_hz}")
-        objects = task.checked_objects(load_task(self.task, self.task_options))
-        object.__setattr__(self, "objects", objects)
+        played = load_task(self.task, self.task_options)
+        task.check_task(played)
+        object.__setattr__(self, "objects", played.bodies)
+
+    def load_task(self) -> task.Task:
+        """The task with these very objects."""
+        played = load_task(self.task, self.task_options)
+        played.__dict__["bodies"] = self.objects
+        return played
 
     @property
     def action_dim(self) -> int:

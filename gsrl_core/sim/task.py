@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,8 @@ class Plan:
     """The hand may grasp it at this many equally spaced angles; 0 at any."""
     angle: float = 0.0
     """About z from the object's y axis to the line between the fingers (rad)."""
+    grasp: float = 0.0
+    """Of the point between the fingertips above its origin (m)."""
     release_within: float = 0.02
     """The hand opens when the axes are this close (m)."""
     settled_within: float = 0.045
@@ -135,7 +138,7 @@ class Task(ABC):
 
     @abstractmethod
     def objects(self) -> tuple[TaskObject, ...]:
-        """The objects, in the order of pose arrays (after the robot's links)."""
+        """Make the objects, in the order of pose arrays (after the robot's links)."""
 
     @abstractmethod
     def place(self, rng: np.random.Generator, scale: float) -> Mapping[str, np.ndarray]:
@@ -153,6 +156,11 @@ class Task(ABC):
     @abstractmethod
     def plan(self) -> Plan:
         """What the scripted expert does."""
+
+    @cached_property
+    def bodies(self) -> tuple[TaskObject, ...]:
+        """The objects, made once; in physics workers those that the parent made. Raises SimulationError."""
+        return checked(self.objects())
 
     def start(self, spec: EpisodeSpec) -> StartState:
         """Draw the start from the episode's seed alone (own generator; no global random state is read or written)."""
@@ -190,18 +198,17 @@ class Task(ABC):
 
     def files(self) -> tuple[Path, ...]:
         """Files that decide what the task is; caches know their bytes."""
-        looks = [thing.look for thing in self.objects()]
+        looks = [thing.look for thing in self.bodies]
         return tuple(look.path for look in looks if isinstance(look, MeshFile | SplatFile))
 
 
-def checked_objects(task: Task) -> tuple[TaskObject, ...]:
-    """The objects of a task whose parts fit together.
+def check_task(task: Task) -> None:
+    """See that the parts of a task fit together.
 
     Raises:
         SimulationError: an impossible object, or a name in the task's start, success or plan that no object has.
     """
-    objects = checked(task.objects())
-    names = [thing.name for thing in objects]
+    names = [thing.name for thing in task.bodies]
     plan, placed = task.plan(), set(task.start(EpisodeSpec(0)).objects)
     if placed != set(names):
         raise SimulationError(f"task {task.name}: place() gives {sorted(placed)}, the objects are {names}")
@@ -210,12 +217,11 @@ def checked_objects(task: Task) -> tuple[TaskObject, ...]:
             raise SimulationError(f"task {task.name}: {what} is {name!r}, the objects are {names}")
     if task.support not in (*names, TABLE):
         raise SimulationError(f"task {task.name}: support is {task.support!r}; allowed: {', '.join(names)}, {TABLE}")
-    return objects
 
 
-def body_names(objects: tuple[TaskObject, ...]) -> tuple[str, ...]:
+def body_names(task: Task) -> tuple[str, ...]:
     """Moving bodies in the order of every pose array of this package: the robot's links, then the objects."""
-    return (*fr3.LINKS, *(thing.name for thing in objects))
+    return (*fr3.LINKS, *(thing.name for thing in task.bodies))
 
 
 def pose(x: float, y: float, z: float, yaw: float = 0.0) -> np.ndarray:

@@ -17,7 +17,6 @@ from gsrl_core.sim import bodies, fr3, task
 from gsrl_core.sim.kinematics import ArmKinematics
 from gsrl_core.sim.objects import ROBOT, TABLE
 from gsrl_core.sim.settings import WorldSettings
-from gsrl_core.sim.tasks import load_task
 from gsrl_core.sim.urdf import robot_builder
 
 
@@ -48,7 +47,7 @@ class World:
         configure_physx(settings.solver_iterations)
         self._robot_builder = robot_builder(settings.urdf)
         self._kinematics = ArmKinematics(settings.urdf)
-        self._task = load_task(settings.task, settings.task_options)
+        self._task = settings.load_task()
         self._bodies: _Bodies | None = None
         self._target = np.eye(4)
         self._before: dict[str, np.ndarray] = {}

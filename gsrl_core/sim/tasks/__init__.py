@@ -22,6 +22,8 @@ from gsrl_core.sim.task import Task
 DEFAULT = "PutCubeOnPlate-v0"
 _BUILT_IN = {
     "PutCubeOnPlate-v0": ("put_cube_on_plate", "PutCubeOnPlate"),
+    "StackCube-v0": ("stack_cube", "StackCube"),
+    "PickAndPlace-v0": ("pick_and_place", "PickAndPlace"),
 }
 NAMES = tuple(_BUILT_IN)
 """The project's own tasks."""

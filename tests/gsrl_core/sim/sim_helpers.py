@@ -15,7 +15,7 @@ TINY_CAMERA = CameraConfig(width=32, height=24, fx=30.0, fy=30.0, cx=16.0, cy=12
 
 
 PUT = load_task("PutCubeOnPlate-v0")
-BODIES = body_names(PUT.objects())
+BODIES = body_names(PUT)
 
 
 def empty_scene(names=BODIES):
