@@ -42,9 +42,7 @@ app = typer.Typer(
     """,
 )
 
-Preset = Annotated[
-    str, typer.Option(help="laptop, one-gpu, full, cluster, stack-cube, pick-and-place, or a YAML file.")
-]
+Preset = Annotated[str, typer.Option(help="laptop, one-gpu, full, cluster, another task's preset, or a YAML file.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value; repeat for more.")
 ]

@@ -35,7 +35,7 @@ def cli(home):
 
 
 COMMANDS = (
-    "run", "scene", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view", "up",
+    "run", "scene", "assemble", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view", "up",
     "doctor", "bench",
 )  # fmt: skip
 

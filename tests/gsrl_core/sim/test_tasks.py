@@ -122,7 +122,7 @@ def judged(chosen, poses, pressing, speeds=(0.0, 0.0)):
 
 def stacked(x=0.0, y=0.0, z=2 * CUBE_HALF, pressing=("green_cube",), **kwargs):
     green = np.array([0.4, 0.1, CUBE_HALF])
-    return judged(STACK, {"red_cube": green + [x, y, z], "green_cube": green}, pressing, **kwargs)
+    return judged(STACK, {"red_cube": green + np.array([x, y, z]), "green_cube": green}, pressing, **kwargs)
 
 
 def test_a_stacked_cube_is_success_and_each_part_is_needed():
