@@ -4,7 +4,7 @@ import pytest
 import torch
 from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
 
-import gsrl_core.sim.gym_adapter  # noqa: F401 (registers)
+import gsrl_core.sim.gym_ids  # noqa: F401 (registers)
 from gsrl_core.errors import SimulationError
 
 
@@ -113,7 +113,8 @@ def test_reward_mode_none_and_a_single_unbatched_action():
         ({"sim_backend": "cuda"}, "physx_cuda"),
         ({"control_mode": "pd_joint_vel"}, "pd_ee_target_delta_pose"),
         ({"gs": {"render_interface": "env+gs"}}, "'gs_rlinf', 'gs'"),
-        ({"gs": {"cache_table": False}}, "cache_table"),
+        ({"gs": {"cache_table": "yes"}}, "cache_table"),
+        ({"sim_config": {"sim_frq": 500}}, "allowed: sim_freq, control_freq"),
         ({"gs": {"back_ground_file": "x.jpg"}}, "back_ground_file"),
         ({"gs": {"rendr_bs": 4}}, "rendr_bs"),
         ({"gs": {"scene": None}}, "scene"),

@@ -141,9 +141,9 @@ print([name for name in ("torch", "trimesh", "scipy", "mani_skill", "pydantic") 
 def test_gym_id_of_an_own_task(example):
     import gymnasium
 
-    from gsrl_core.sim import gym_adapter
+    from gsrl_core.sim import gym_ids
 
-    env_id = gym_adapter.register(f"{example / 'block_on_spot.py'}:BlockOnSpot")
+    env_id = gym_ids.register(f"{example / 'block_on_spot.py'}:BlockOnSpot")
     assert env_id == "GSEnv-BlockOnSpot-v0"
     scene = empty_scene((*task.fr3.LINKS, "block", "spot"))
     given = {"scene": scene, "rasterizer": PoseRasterizer(), "device": "cpu", "sim": sim_config(workers=1)}

@@ -102,7 +102,7 @@ def test_lean_stepper_reproduces_maniskill(chosen, urdf):
 def test_every_task_is_registered_on_both_sides():
     import gymnasium
 
-    import gsrl_core.sim.gym_adapter
+    import gsrl_core.sim.gym_ids
     import gsrl_core.sim.maniskill  # noqa: F401
 
     with warnings.catch_warnings():
