@@ -205,15 +205,23 @@ def deploy(
 
 def view(
     scene: Annotated[Path, typer.Argument(help="Scene folder, or one splat file (.ply).")],
+    live: Annotated[bool, typer.Option("--live", help="Play the environment in it (see --preset, sim.task).")] = False,
     port: Annotated[int, typer.Option(help="Loopback port.")] = 8080,
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
 ) -> None:
-    """Show a scene in the browser, until Ctrl-C.
+    """Show a scene in the browser, or the environment at work in it, until Ctrl-C.
 
-    real2sim2real view my_scene/scene.ply
+    Bodies can be hidden and highlighted, and the environment's cameras looked through.
+
+      real2sim2real view my_scene
+
+      real2sim2real view my_scene --live --preset stack-cube
     """
     from flows.viewer import show
+    from gsrl_core.config import load, parse_assignments
 
-    show(scene, port, typer.echo)
+    show(scene, port, typer.echo, load(preset, parse_assignments(assignments or [])) if live else None)
 
 
 def doctor(

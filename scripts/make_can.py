@@ -5,7 +5,6 @@ uv run python scripts/make_can.py
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +18,23 @@ BANDS = ((0.0, METAL), (0.006, RED), (0.028, CREAM), (0.052, RED), (0.074, METAL
 
 
 def can() -> trimesh.Trimesh:
-    """A closed cylinder; rings are doubled where the colour changes."""
+    """A closed cylinder with one colour per face (those of vertices would blend when equal vertices are merged)."""
     angle = 2 * np.pi * np.arange(SEGMENTS) / SEGMENTS
     circle = RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     here, there = np.arange(SEGMENTS), np.roll(np.arange(SEGMENTS), -1)
-    vertices, colors, faces = [], [], []
-
-    def add(points: np.ndarray, color: tuple[int, int, int]) -> int:
-        first = sum(map(len, vertices))
-        vertices.append(points)
-        colors.append(np.tile((*color, 255), (len(points), 1)))
-        return first
-
-    def ring(z: float) -> np.ndarray:
-        return np.column_stack([circle, np.full(SEGMENTS, z)])
-
-    for (low, color), (high, _) in itertools.pairwise(BANDS):
-        a, b = add(ring(low), color), add(ring(high), color)
+    vertices = [np.column_stack([circle, np.full(SEGMENTS, z)]) for z, _ in BANDS]
+    vertices += [np.array([[0.0, 0.0, 0.0], [0.0, 0.0, HEIGHT]])]
+    faces, colors = [], []
+    for i, (_, color) in enumerate(BANDS[:-1]):
+        a, b = i * SEGMENTS, (i + 1) * SEGMENTS
         faces += [np.stack([a + here, a + there, b + there], 1), np.stack([a + here, b + there, b + here], 1)]
-    for z, step in ((0.0, -1), (HEIGHT, 1)):
-        edge, middle = add(ring(z), METAL), add(np.array([[0.0, 0.0, z]]), METAL)
-        faces.append(np.stack([np.full(SEGMENTS, middle), edge + here, edge + there], 1)[:, ::step])
-    return trimesh.Trimesh(np.concatenate(vertices), np.concatenate(faces), process=False,
-                           vertex_colors=np.concatenate(colors).astype(np.uint8))  # fmt: skip
+        colors += [color] * (2 * SEGMENTS)
+    top, below, above = (len(BANDS) - 1) * SEGMENTS, len(BANDS) * SEGMENTS, len(BANDS) * SEGMENTS + 1
+    faces.append(np.stack([np.full(SEGMENTS, below), there, here], 1))
+    faces.append(np.stack([np.full(SEGMENTS, above), top + here, top + there], 1))
+    colors += [METAL] * (2 * SEGMENTS)
+    paint = np.column_stack([colors, np.full(len(colors), 255)]).astype(np.uint8)
+    return trimesh.Trimesh(np.concatenate(vertices), np.concatenate(faces), face_colors=paint, process=False)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.errors import SimulationError
+from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
 from gsrl_core.sections import RealismConfig, SimConfig
@@ -192,6 +193,10 @@ class GsVecEnv:
     def body_poses(self) -> Tensor:
         """Poses of ``bodies`` in the world, float32 [B, M, 4, 4] on the CPU."""
         return torch.from_numpy(self._physics.states.body_to_world.copy())
+
+    def cameras(self) -> dict[str, Camera]:
+        """Camera name -> the pinhole cameras of the current pictures, on the CPU; leading size 1 or B."""
+        return self._rig.cameras(self.body_poses(), self._camera_motion)
 
     def success_parts(self) -> dict[str, Tensor]:
         """The parts of strict success as they are now: bool [B] each."""

@@ -104,7 +104,7 @@ def plate(name: str = "plate", color: Color = props.PLATE_COLOR, *, mass: float 
 
 def mark(name: str, radius: float, color: Color) -> TaskObject:
     """A round mark on the table that nothing collides with; its origin is on the table."""
-    return TaskObject(name, Painted(props.disc_mesh(radius), color, 200), 1.0, np.ones(3), fixed=True)
+    return TaskObject(name, Painted(props.disc_mesh(radius), color, 500), 1.0, np.ones(3), fixed=True)
 
 
 def checked(objects: tuple[TaskObject, ...]) -> tuple[TaskObject, ...]:

@@ -32,7 +32,7 @@ def object_from_file(
     scale: float = 1.0,
     mass: float = 0.2,
     friction: float = 1.0,
-    gaussians: int = 600,
+    gaussians: int = 1000,
 ) -> TaskObject:
     """A free rigid body of uniform density.
 
