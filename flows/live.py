@@ -32,7 +32,6 @@ class Live:
         task = load_task(sim.task, sim.task_options)
         self.title = task.name
         self._expert = task.expert()
-        # The picture in the panel is a control, not a measurement: a quarter of the size keeps the CPU free.
         self._env = make_env(sim, scene, make_rasterizer(sim.rasterizer), num_envs=1)
         try:
             self._viewer = Viewer(scene, port)
@@ -131,7 +130,7 @@ class Live:
             for name, camera in self._cameras().items():
                 self.frustums[name] = scene.add_camera_frustum(
                     f"/cameras/{name}", fov=_fov(camera), aspect=camera.width / camera.height, scale=0.06,
-                    color=(220, 120, 20),
+                    color=(220, 120, 20), thickness=1.5, thickness_units="screen",
                 )  # fmt: skip
                 self.frustums[name].on_click(self._jumper(name))
                 self.jumps[name] = gui.add_button(f"look through {name}")

@@ -136,6 +136,28 @@ def test_cameras_are_frustums_with_their_picture(live):
     assert np.array_equal(shown, live._env.render_video_frame()[0].numpy())
 
 
+class Client:
+    """The camera of a browser as viser shows it to a server."""
+
+    def __init__(self):
+        from types import SimpleNamespace
+
+        self.camera = SimpleNamespace(position=None, wxyz=None, fov=None)
+
+    def atomic(self):
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def test_a_preset_moves_the_browsers_camera_to_the_environments(live):
+    client, configured = Client(), load("stack-cube").sim.cameras[0]
+    live.jump(configured.name, client)
+    np.testing.assert_allclose(client.camera.position, configured.position, atol=1e-5)
+    np.testing.assert_allclose(client.camera.wxyz, live.frustums[configured.name].wxyz, atol=1e-6)
+    assert client.camera.fov == pytest.approx(2 * np.arctan(configured.height / 2 / configured.fy), rel=1e-5)
+
+
 def test_the_loop_plays_pauses_and_goes_on_to_the_next_seed(live):
     live.actor.value, live.paused.value = "nothing", False
     live.reset(7)
