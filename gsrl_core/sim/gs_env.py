@@ -65,10 +65,8 @@ def make_physics(sim: SimConfig, num_envs: int) -> Physics:
         from gsrl_core.sim.batch import BatchPhysics  # ManiSkill, many seconds
 
         return BatchPhysics(sim, num_envs)
-    settings = WorldSettings(
-        fr3.prepare_urdf(), sim.sim_hz, sim.control_hz, sim.control_mode, sim.solver_iterations,
-        sim.task, sim.task_options,
-    )  # fmt: skip
+    rates = (sim.sim_hz, sim.control_hz, sim.control_mode, sim.solver_iterations)
+    settings = WorldSettings(fr3.prepare_urdf(), *rates, sim.task, sim.task_options)
     return Pool(settings, num_envs, sim.max_episode_steps, sim.workers)
 
 
@@ -174,8 +172,8 @@ class GsVecEnv:
     def privileged(self) -> dict[str, Tensor]:
         """The true state, for experts and metrics: float32 on the CPU.
 
-        ``tcp_pose`` and for each object ``<name>_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9], for
-        each object ``<name>_velocity`` [B, 6] (m/s, rad/s).
+        ``tcp_pose`` and each object's ``<name>_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9], each
+        object's ``<name>_velocity`` [B, 6] (m/s, rad/s).
         """
         states = self._physics.states
         bodies = torch.from_numpy(states.body_to_world.copy())
@@ -295,8 +293,7 @@ def _on(frames: Frames, device: torch.device) -> Frames:
 
 
 def _check_bodies(scene: Scene, moved: tuple[str, ...]) -> None:
-    unknown = [name for name in scene.names if name not in moved]
-    if unknown:
+    if unknown := [name for name in scene.names if name not in moved]:
         raise SimulationError(
             f"the scene has bodies {unknown} that physics does not move; allowed: {', '.join(moved)}. Was it assembled "
             "for another task? Assemble it again for sim.task"

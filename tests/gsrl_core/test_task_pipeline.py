@@ -34,7 +34,7 @@ TINY = Path(__file__).parents[2] / "gsrl_core" / "bundled" / "pi05_tiny"
     ("preset", "object_name", "told"),
     [
         ("stack-cube", "red_cube", "stack the red cube on the green cube"),
-        ("pick-and-place", "can", "pick up the can and put it on the blue mark"),
+        pytest.param("pick-and-place", "can", "pick up the can and put it on the blue mark", marks=pytest.mark.slow),
     ],
 )
 def test_a_task_goes_through_the_drivers(tmp_path, preset, object_name, told):

@@ -18,6 +18,8 @@ from gsrl_core.sim.tasks import NAMES, load_task
 from gsrl_core.sim.world import World
 
 STACK, TO_MARK, TO_PLATE = ("StackCube-v0", {}), ("PickAndPlace-v0", {}), ("PickAndPlace-v0", {"goal": "plate"})
+SLOW_PLATE = pytest.param(TO_PLATE, marks=pytest.mark.slow)
+MOST = pytest.mark.parametrize("chosen", [STACK, TO_MARK, SLOW_PLATE], ids=["stack", "mark", "plate"])
 NEW = pytest.mark.parametrize("chosen", [STACK, TO_MARK, TO_PLATE], ids=["stack", "mark", "plate"])
 
 
@@ -60,7 +62,7 @@ def test_the_expert_succeeds_in_95_of_100_episodes(chosen, sim_hz, iterations):
     assert longest <= 60
 
 
-@NEW
+@MOST
 def test_same_seed_same_bits_in_any_batch(chosen):
     def poses(seeds, workers):
         env, expert = environment(chosen, num_envs=len(seeds), workers=workers)
@@ -73,7 +75,7 @@ def test_same_seed_same_bits_in_any_batch(chosen):
     assert torch.equal(poses([5], 1)[5], poses([8, 5, 6], 2)[5])
 
 
-@NEW
+@MOST
 def test_lean_stepper_reproduces_maniskill(chosen, urdf):
     from gsrl_core.sim.batch import BatchPhysics
 
