@@ -44,7 +44,9 @@ class Expert:
         tcp, body, goal = (state[name][:, :3] for name in ("tcp_pose", f"{plan.pick}_pose", f"{plan.onto}_pose"))
         opening = state["qpos"][:, 7:].sum(dim=1)
         reach = body - tcp
-        reach[:, 2] += plan.grasp
+        if any(plan.grasp):
+            turn = quat_to_matrix(state[f"{plan.pick}_pose"][:, 3:])
+            reach = reach + turn @ reach.new_tensor(plan.grasp)
         held = (opening < plan.width + _GRIP) & (reach.norm(dim=1) < 0.025)
         to_goal = goal[:, :2] - body[:, :2]
         aside = to_goal.norm(dim=1)

@@ -6,6 +6,7 @@ the file's z axis points up, lengths are metres after ``scale``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -85,20 +86,39 @@ def radius(thing: TaskObject) -> float:
     return float(max(np.linalg.norm(hull[:, :2], axis=1).max() for hull in thing.hulls))
 
 
-def grasp(thing: TaskObject) -> tuple[float, float, int]:
-    """Where parallel fingers hold the object best, seen from above.
+@dataclass(frozen=True)
+class Grasp:
+    """How parallel fingers, pointing down, hold an object."""
 
-    Returns:
-        Its narrowest width (m), the angle from its y axis to the line between the fingers (rad), and at how many
-        equally spaced angles that is so (0 for round objects).
-    """
-    points = np.concatenate(thing.hulls)[:, :2]
+    point: tuple[float, float, float]
+    """Between the fingertips, in the object's frame (m)."""
+    width: float
+    """Of what they hold (m)."""
+    angle: float
+    """From the object's y axis to the line between the fingers (rad)."""
+    turns: int
+    """At how many equally spaced angles they may; 0 for what is round."""
+    top: float
+    """Height of what they hold above the origin (m)."""
+
+
+def grasp(thing: TaskObject) -> Grasp:
+    """Across the narrowest width, seen from above, of a narrow convex piece near the centre of mass."""
+    held = [_grasp_of(hull) for hull in thing.hulls]
+    narrow = min(one.width for one in held)
+    near = [one for one in held if one.width < 1.5 * narrow]
+    return min(near, key=lambda one: float(np.linalg.norm(np.subtract(one.point[:2], thing.center[:2]))))
+
+
+def _grasp_of(hull: np.ndarray) -> Grasp:
     angles = np.linspace(0, np.pi, 180, endpoint=False)
-    widths = np.ptp(points @ np.stack([-np.sin(angles), np.cos(angles)]), axis=0)
+    widths = np.ptp(hull[:, :2] @ np.stack([-np.sin(angles), np.cos(angles)]), axis=0)
+    low, high = hull.min(axis=0).astype(float), hull.max(axis=0).astype(float)
+    point, top = tuple(((low + high) / 2).tolist()), float(high[2])
     if widths.max() < 1.1 * widths.min():
-        return float(widths.max()), 0.0, 0
+        return Grasp(point, float(widths.max()), 0.0, 0, top)
     best = int(np.argmin(widths))
-    return float(widths[best]), float(angles[best]), 2
+    return Grasp(point, float(widths[best]), float(angles[best]), 2, top)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

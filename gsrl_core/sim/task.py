@@ -114,8 +114,8 @@ class Plan:
     """The hand may grasp it at this many equally spaced angles; 0 at any."""
     angle: float = 0.0
     """About z from the object's y axis to the line between the fingers (rad)."""
-    grasp: float = 0.0
-    """Of the point between the fingertips above its origin (m)."""
+    grasp: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Where the point between the fingertips is in its frame (m)."""
     release_within: float = 0.02
     """The hand opens when the axes are this close (m)."""
     settled_within: float = 0.045

@@ -114,17 +114,16 @@ class PickAndPlace(Task):
         return bool(loosely and lift <= 0.01 and poses[self.goal][2, 2] > 0.97), bool(loosely)
 
     def plan(self) -> Plan:
-        """Across its narrowest width, at the middle of its height or as high as the palm allows."""
-        thing = self._thing
-        width, angle, turns = scanned.grasp(thing)
+        """Across its narrowest piece, at the middle of its height or as high as the palm needs."""
+        held = scanned.grasp(self._thing)
         return Plan(
             self.moved,
             self.goal,
             self._lying_height,
-            width=width,
-            turns=turns,
-            angle=angle,
-            grasp=max(0.0, scanned.half_height(thing) - REACH_OVER),
+            width=held.width,
+            turns=held.turns,
+            angle=held.angle,
+            grasp=(*held.point[:2], max(held.point[2], held.top - REACH_OVER)),
             release_within=min(0.02, self._inside_radius / 2),
             settled_within=self._inside_radius,
         )
@@ -157,7 +156,7 @@ class PickAndPlace(Task):
         return self.bodies[0]
 
     def _check(self, thing: TaskObject) -> None:
-        width, reach = scanned.grasp(thing)[0], scanned.radius(thing)
+        width, reach = scanned.grasp(thing).width, scanned.radius(thing)
         if width > HAND_WIDTH:
             raise SimulationError(
                 f"PickAndPlace: the {self.noun} is {1000 * width:.0f} mm wide at its narrowest, the hand holds "

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from sim_helpers import blobs
+from sim_helpers import PoseRasterizer, blobs, empty_scene, sim_config
 
 from gsrl_core.assemble import object_bodies
 from gsrl_core.errors import SimulationError
 from gsrl_core.sim import scanned, task
+from gsrl_core.sim.gs_env import make_env
 from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.ply import write_ply
 
@@ -56,8 +57,8 @@ def test_pieces_stay_apart_and_share_the_mass(tmp_path):
 
 def test_round_objects_are_held_at_any_angle_and_long_ones_across():
     can = load_task("PickAndPlace-v0").bodies[0]
-    width, _, turns = scanned.grasp(can)
-    assert turns == 0 and width == pytest.approx(0.052, abs=5e-4)
+    held = scanned.grasp(can)
+    assert held.turns == 0 and held.width == pytest.approx(0.052, abs=5e-4)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.5, -1.2])
@@ -65,9 +66,31 @@ def test_the_fingers_close_across_the_narrow_side(tmp_path, angle):
     bar = trimesh.creation.box((0.12, 0.03, 0.03))
     bar.apply_transform(trimesh.transformations.rotation_matrix(angle, [0, 0, 1]))
     bar.export(tmp_path / "bar.obj")
-    width, turn, turns = scanned.grasp(scanned.object_from_file("bar", tmp_path / "bar.obj"))
-    assert turns == 2 and width == pytest.approx(0.03, abs=1e-3)
-    assert abs((turn - angle + np.pi / 2) % np.pi - np.pi / 2) < 0.02
+    held = scanned.grasp(scanned.object_from_file("bar", tmp_path / "bar.obj"))
+    assert held.turns == 2 and held.width == pytest.approx(0.03, abs=1e-3)
+    assert abs((held.angle - angle + np.pi / 2) % np.pi - np.pi / 2) < 0.02
+
+
+def test_the_expert_takes_a_concave_object_by_one_of_its_pieces(tmp_path):
+    """An L, whose bounding box has its middle beside it."""
+    long, short = trimesh.creation.box((0.09, 0.025, 0.03)), trimesh.creation.box((0.025, 0.05, 0.03))
+    short.apply_translation([0.0325, 0.0375, 0])
+    file = tmp_path / "ell.ply"
+    trimesh.util.concatenate([long, short]).export(file)
+    options = {"mesh": str(file), "parts": str(file), "noun": "ell"}
+    played = load_task("PickAndPlace-v0", options)
+    held = scanned.grasp(played.bodies[0])
+    assert held.width == pytest.approx(0.025, abs=1e-3)
+    assert np.ptp(played.bodies[0].hulls[0], axis=0)[0] == pytest.approx(0.09)
+    sim = sim_config(task="PickAndPlace-v0", task_options=options, num_envs=10, workers=2)
+    expert = played.expert()
+    with make_env(sim, empty_scene(task.body_names(played)), PoseRasterizer()) as env:
+        env.reset(range(10))
+        while True:
+            step = env.step_chunk(expert(env.privileged())[:, None])
+            if (step.terminated | step.truncated).all():
+                break
+    assert step.success.sum() >= 9
 
 
 def test_fine_meshes_are_reduced_without_shrinking(tmp_path):
