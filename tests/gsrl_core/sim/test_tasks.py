@@ -82,7 +82,7 @@ def test_lean_stepper_reproduces_maniskill(chosen, urdf):
     name, options = chosen
     world = World(WorldSettings(urdf, sim_hz=100, task=name, task_options=options))
     played = load_task(name, options)
-    sim = sim_config(num_envs=1, solver_iterations=25, task=name, task_options=options)
+    sim = sim_config(num_envs=1, solver_iterations=task.SOLVER_POSITION_ITERATIONS, task=name, task_options=options)
     scene, rig = empty_scene(task.body_names(played)), CameraRig(sim.cameras, 1)
     expert = played.expert()
     with GsVecEnv(sim, scene, PoseRasterizer(), rig, BatchPhysics(sim, 1), Perturbation()) as env:
