@@ -44,7 +44,7 @@ app = typer.Typer(
     """,
 )
 
-Preset = Annotated[str, typer.Option(help="Size of the run: laptop, one-gpu, full or cluster.")]
+Preset = Annotated[str, typer.Option(help="laptop, one-gpu, full, cluster, another task's preset, or a YAML file.")]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value; repeat for more.")
 ]

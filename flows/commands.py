@@ -11,7 +11,7 @@ import typer
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value; repeat for more.")
 ]
-Preset = Annotated[str, typer.Option(help="Size: laptop, one-gpu, full or cluster.")]
+Preset = Annotated[str, typer.Option(help="laptop, one-gpu, full, cluster, another task's preset, or a YAML file.")]
 Bundle = Annotated[Path, typer.Option(help="Folder of a package.")]
 
 
@@ -49,8 +49,29 @@ def scene(
     typer.echo(str(out / "scene.ply"))
 
 
+def assemble(
+    bench: Annotated[Path, typer.Option(help="Folder that `scene` wrote, in the robot's frame, or a splat file.")],
+    out: Annotated[Path, typer.Option(help="Scene folder to write.")],
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
+) -> None:
+    """Put the robot and the objects of a task (sim.task) on a reconstructed bench, for `demos`, `view` and others.
+
+    real2sim2real assemble --bench my_bench --out my_scene --preset stack-cube
+    """
+    from gsrl_core.config import load, parse_assignments
+
+    sim = load(preset, parse_assignments(assignments or [])).sim
+    from gsrl_core.assemble import assemble_scene
+    from gsrl_core.sim.tasks import load_task
+
+    task = load_task(sim.task, sim.task_options)
+    scene = assemble_scene(bench / "scene.ply" if bench.is_dir() else bench, out, task=task)
+    typer.echo(f"{out}: {task.name}, {len(scene.body)} Gaussians, bodies {', '.join(scene.names)}")
+
+
 def demos(
-    scene: Annotated[Path, typer.Option(help="Scene folder (of a pipeline: the assemble stage).")],
+    scene: Annotated[Path, typer.Option(help="Scene folder (that `assemble` wrote, or a pipeline).")],
     out: Annotated[Path, typer.Option(help="Folder for the demonstrations.")],
     preset: Preset = "laptop",
     assignments: Assignments = None,
@@ -186,15 +207,23 @@ def deploy(
 
 def view(
     scene: Annotated[Path, typer.Argument(help="Scene folder, or one splat file (.ply).")],
+    live: Annotated[bool, typer.Option("--live", help="Play the environment in it (see --preset, sim.task).")] = False,
     port: Annotated[int, typer.Option(help="Loopback port.")] = 8080,
+    preset: Preset = "laptop",
+    assignments: Assignments = None,
 ) -> None:
-    """Show a scene in the browser, until Ctrl-C.
+    """Show a scene in the browser, or the environment at work in it, until Ctrl-C.
 
-    real2sim2real view my_scene/scene.ply
+    Bodies can be hidden and highlighted, and the environment's cameras looked through.
+
+      real2sim2real view my_scene
+
+      real2sim2real view my_scene --live --preset stack-cube
     """
     from flows.viewer import show
+    from gsrl_core.config import load, parse_assignments
 
-    show(scene, port, typer.echo)
+    show(scene, port, typer.echo, load(preset, parse_assignments(assignments or [])) if live else None)
 
 
 def doctor(
@@ -233,4 +262,4 @@ def bench(
         typer.echo(json.dumps(result))
 
 
-COMMANDS = (scene, demos, sft, verify, serve, deploy, view, doctor, bench)
+COMMANDS = (scene, assemble, demos, sft, verify, serve, deploy, view, doctor, bench)

@@ -1,4 +1,4 @@
-"""The scene that simulation draws: photographed bench, FR3, cube and plate."""
+"""The scene that simulation draws: photographed bench, FR3 and the task's objects."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from torch import Tensor
 
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.fr3 import LINKS, START_QPOS, fr3
-from gsrl_core.geometry.props import CUBE_COLOR, PLATE_COLOR, cube_mesh, plate_mesh
-from gsrl_core.geometry.rotation import make_rigid, rigid_inverse
+from gsrl_core.geometry.rotation import make_rigid, quat_to_matrix, rigid_inverse
+from gsrl_core.sim.objects import MeshFile, Painted, SplatFile
+from gsrl_core.sim.task import EpisodeSpec, Task
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.from_mesh import ColoredMesh, Light, gaussians_from_mesh, load_mesh
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import read_ply
 from gsrl_core.splat.scene import Scene, save_scene
 
-OBJECT_POSITIONS = {"cube": (0.4, 0.2, 0.02), "plate": (0.45, 0.0, 0.02)}
-"""Where the seed's task puts the objects' origins (m, base frame)."""
+GSENV_OBJECTS = ("cube", "plate")
+"""Objects that RLinf/gsenv-assets-v0 has splats of."""
+GSENV_UNDERSIDE = -0.02
+"""Lowest part of both in their own frames, as in geometry/props.py (m)."""
 ROBOT_OFFSET_Z = 0.02
 """The gsenv robot splats were captured this much too low; RLinf adds it when it loads them (m)."""
 PLATE_STRETCH = (0.96, 1.0, 0.96)
@@ -36,9 +40,8 @@ def assemble_scene(
     out: Path,
     *,
     gsenv: Path | None = None,
+    task: Task | None = None,
     robot_gaussians: int = 7000,
-    cube_gaussians: int = 300,
-    plate_gaussians: int = 1000,
     seed: int = 0,
 ) -> Scene:
     """Put robot and objects into a reconstructed bench and save the Scene folder.
@@ -46,11 +49,10 @@ def assemble_scene(
     Args:
         static_ply: the bench's Gaussians in the robot's base frame; none takes the table of ``gsenv``.
         out: folder to write.
-        gsenv: folder in the layout of RLinf/gsenv-assets-v0, whose robot and objects are then used; none samples the
-            FR3's visual meshes and the project's own cube and plate.
+        gsenv: folder in the layout of RLinf/gsenv-assets-v0, whose robot, cube and plate are then used; none samples
+            the FR3's visual meshes and takes the task's own objects.
+        task: whose objects lie on the bench; none is PutCubeOnPlate-v0.
         robot_gaussians: for the whole robot.
-        cube_gaussians: for the cube.
-        plate_gaussians: for the plate.
         seed: of the surface samples.
 
     Raises:
@@ -59,10 +61,8 @@ def assemble_scene(
     if static_ply is None and gsenv is None:
         raise SceneError("assemble: neither a bench (static_ply) nor gsenv assets were given; give at least one")
     static = read_ply(static_ply or _gsenv_root(gsenv) / "object" / "table" / "table_abs.ply")
-    if gsenv is None:
-        bodies = robot_bodies(robot_gaussians, seed) | object_bodies(cube_gaussians, plate_gaussians, seed)
-    else:
-        bodies = gsenv_bodies(gsenv)
+    objects = object_bodies(task or load_task(), seed)
+    bodies = (robot_bodies(robot_gaussians, seed) | objects) if gsenv is None else gsenv_bodies(gsenv, objects)
     scene = Scene.from_parts(static, bodies)
     save_scene(out, scene)
     return scene
@@ -97,24 +97,33 @@ def robot_bodies(count: int = 7000, seed: int = 0) -> Bodies:
     }
 
 
-def object_bodies(cube_count: int = 300, plate_count: int = 1000, seed: int = 0) -> Bodies:
-    """The red cube and the white plate where the seed's task puts them."""
-    sources = {
-        "cube": (ColoredMesh.uniform(*cube_mesh(), CUBE_COLOR), cube_count),
-        "plate": (ColoredMesh.uniform(*plate_mesh(), PLATE_COLOR), plate_count),
-    }
-    return {
-        name: (gaussians_from_mesh(mesh, count, seed=seed, light=Light()), _pose_at(OBJECT_POSITIONS[name]))
-        for name, (mesh, count) in sources.items()
-    }
+def object_bodies(task: Task, seed: int = 0) -> Bodies:
+    """The task's objects at the centres of their start ranges.
+
+    Raises:
+        SceneError: a mesh or splat file cannot be read.
+    """
+    places = task.start(EpisodeSpec(0, pose_range_scale=0.0)).objects
+    return {thing.name: (_looks(thing.look, seed), _transform(places[thing.name])) for thing in task.bodies}
 
 
-def gsenv_bodies(folder: Path) -> Bodies:
-    """Robot and objects from a folder in the layout of RLinf/gsenv-assets-v0 (splats in base coordinates at rest).
+def _looks(look: Painted | MeshFile | SplatFile, seed: int) -> Gaussians:
+    if isinstance(look, SplatFile):
+        scale = look.mesh_to_body[0, 0]
+        return read_ply(look.path).transformed(torch.eye(3), torch.tensor(look.mesh_to_body[:3, 3]), float(scale))
+    if isinstance(look, MeshFile):
+        mesh = load_mesh(look.path).moved(look.mesh_to_body)
+    else:
+        mesh = ColoredMesh.uniform(*look.mesh, look.color)
+    return gaussians_from_mesh(mesh, look.gaussians, seed=seed, light=Light())
+
+
+def gsenv_bodies(folder: Path, objects: Bodies) -> Bodies:
+    """Robot, cube and plate from a folder in the layout of RLinf/gsenv-assets-v0 (splats in base coordinates at rest).
 
     The robot's splats were taken at START_QPOS and are moved into the links' own frames. The objects' are centred in x
     and y as RLinf centres them; in z they are set down so that their lowest part rests where this project's collision
-    shapes have their underside.
+    shapes have their underside. Further ``objects`` stay what they are.
 
     Raises:
         SceneError: a file of the layout is missing or broken.
@@ -127,17 +136,20 @@ def gsenv_bodies(folder: Path) -> Bodies:
         in_base = _required(root / "robot" / "my_franka" / "parts" / f"{link}_3dgs_abs.ply").transformed(identity, lift)
         link_from_base = rigid_inverse(poses[link])
         bodies[link] = (in_base.transformed(link_from_base[:3, :3], link_from_base[:3, 3]), poses[link])
-    for name, position in OBJECT_POSITIONS.items():
-        gaussians = _required(root / "object" / name / "object_3dgs_abs.ply")
-        gaussians = gaussians.transformed(identity, -gaussians.means.mean(0))
-        if name == "plate":
-            gaussians = gaussians.stretched(torch.tensor(PLATE_STRETCH)).transformed(
-                identity, torch.tensor(PLATE_SHIFT)
-            )
-        underside = torch.quantile(gaussians.means[:, 2], 0.01)
-        settle = torch.stack([torch.zeros(()), torch.zeros(()), -OBJECT_POSITIONS[name][2] - underside])
-        bodies[name] = (gaussians.transformed(identity, settle), _pose_at(position))
+    for name, (own, place) in objects.items():
+        bodies[name] = (_gsenv_object(root, name) if name in GSENV_OBJECTS else own, place)
     return bodies
+
+
+def _gsenv_object(root: Path, name: str) -> Gaussians:
+    identity = torch.eye(3)
+    gaussians = _required(root / "object" / name / "object_3dgs_abs.ply")
+    gaussians = gaussians.transformed(identity, -gaussians.means.mean(0))
+    if name == "plate":
+        gaussians = gaussians.stretched(torch.tensor(PLATE_STRETCH)).transformed(identity, torch.tensor(PLATE_SHIFT))
+    underside = torch.quantile(gaussians.means[:, 2], 0.01)
+    settle = torch.stack([torch.zeros(()), torch.zeros(()), GSENV_UNDERSIDE - underside])
+    return gaussians.transformed(identity, settle)
 
 
 def _gsenv_root(folder: Path) -> Path:
@@ -155,8 +167,9 @@ def _required(path: Path) -> Gaussians:
     return gaussians
 
 
-def _pose_at(position: tuple[float, float, float]) -> Tensor:
-    return make_rigid(torch.eye(3), torch.tensor(position))
+def _transform(pose: np.ndarray) -> Tensor:
+    placed = torch.tensor(pose, dtype=torch.float32)
+    return make_rigid(quat_to_matrix(placed[3:]), placed[:3])
 
 
 def _area(mesh: ColoredMesh) -> float:

@@ -22,6 +22,8 @@ from gsrl_core.errors import ConfigError
 from gsrl_core.hub import fetch_checkpoint
 from gsrl_core.interfaces import NullReporter, Observation
 from gsrl_core.sections import PipelineConfig
+from gsrl_core.sim.task import Task
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 
@@ -78,7 +80,7 @@ def render(config: PipelineConfig) -> dict[str, Any]:
     from gsrl_core.splat.raster import make_rasterizer
 
     device, count = default_device(), config.sim.num_envs
-    scene = synthetic_scene().to(device)
+    scene = synthetic_scene(_task(config)).to(device)
     rasterizer = make_rasterizer(config.sim.rasterizer)
     poses = scene.rest_to_world.repeat(count, 1, 1, 1)
     poses[..., 2, 3] += 0.05 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).to(device)
@@ -134,7 +136,7 @@ def policy(config: PipelineConfig) -> dict[str, Any]:
         c.name: torch.zeros(count, c.height // scale, c.width // scale, 3, dtype=torch.uint8, device=device)
         for c in config.sim.cameras
     }
-    observation = Observation(rgb, torch.zeros(count, 9, device=device), (config.sim.instruction,) * count)
+    observation = Observation(rgb, torch.zeros(count, 9, device=device), (_task(config).instruction,) * count)
     generator = torch.Generator(device).manual_seed(0)
     seconds = _seconds_per_call(lambda: agent.act(observation, generator, explore=True))
     return {"batch": count, "ms_per_batch": 1000 * seconds, "chunks_per_s": count / seconds}
@@ -147,16 +149,20 @@ def iteration(config: PipelineConfig) -> dict[str, Any]:
     ppo = config.ppo.model_copy(update={"iterations": 2})
     two = config.model_copy(update={"ppo": ppo})
     with _inputs(config) as (checkpoint, folder):
-        save_scene(folder / "scene", synthetic_scene())
+        save_scene(folder / "scene", synthetic_scene(_task(config)))
         finetune(checkpoint, folder / "scene", folder / "out", folder / "work", two, NullReporter())
         history = json.loads((folder / "out" / "training.json").read_text())["history"]
     times = {key: value for key, value in history[-1].items() if key.startswith("time/")}
     return {"episodes": ppo.rollout_epochs * config.sim.num_envs, **times}
 
 
-def synthetic_scene(seed: int = 0) -> Scene:
-    """A bench of random Gaussians under the robot, the cube and the plate."""
-    return Scene.from_parts(_random_bench(_STATIC_GAUSSIANS, 0, seed), robot_bodies() | object_bodies())
+def synthetic_scene(task: Task, seed: int = 0) -> Scene:
+    """A bench of random Gaussians under the robot and the task's objects."""
+    return Scene.from_parts(_random_bench(_STATIC_GAUSSIANS, 0, seed), robot_bodies() | object_bodies(task))
+
+
+def _task(config: PipelineConfig) -> Task:
+    return load_task(config.sim.task, config.sim.task_options)
 
 
 def _random_bench(count: int, sh_degree: int, seed: int = 0) -> Gaussians:

@@ -1,7 +1,7 @@
 """Presets and overrides of the typed configuration (its values are described in ``sections``).
 
-A preset is a YAML file in ``configs/`` that holds differences only (``base: full``). Machine facts (addresses, tokens,
-folders) are environment variables, never configuration.
+A preset is a YAML file in ``configs/``, or a file of your own, that holds differences only (``base: full``). Machine
+facts (addresses, tokens, folders) are environment variables, never configuration.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gsrl_core.errors import ConfigError
-from gsrl_core.sections import PipelineConfig, Section
+from gsrl_core.sections import PipelineConfig, Section, absolute_files
 
-PRESETS = ("full", "one-gpu", "cluster", "laptop")
+PRESETS = ("full", "one-gpu", "cluster", "laptop", "stack-cube", "pick-and-place")
+
+
+_SUFFIXES = (".yaml", ".yml")
 
 
 class _Values(yaml.SafeLoader):
@@ -45,8 +48,10 @@ def config_dir() -> Path:
 def load(preset: str = "laptop", overrides: Mapping[str, Any] | None = None) -> PipelineConfig:
     """Build a configuration from a preset and dotted overrides, such as ``{"ppo.learning_rate": 1e-5}``.
 
+    ``preset`` is a name, or the path of a YAML file whose ``base`` is one.
+
     Raises:
-        ConfigError: unknown preset or key (with the nearest legal names), or a value out of range.
+        ConfigError: unknown preset, file or key (with the nearest legal names), or a value out of range.
     """
     return apply_overrides(_expanded(preset), overrides or {})
 
@@ -83,20 +88,40 @@ def section_digest(*sections: Section) -> str:
     return json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True)
 
 
-@cache
 def _expanded(preset: str) -> PipelineConfig:
+    return _validated(_tree(preset, ()), f"preset {preset!r}") if preset.endswith(_SUFFIXES) else _named(preset)
+
+
+@cache
+def _named(preset: str) -> PipelineConfig:
     return _validated(_tree(preset, ()), f"preset {preset!r}")
 
 
 def _tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}; {_nearest(preset, PRESETS)}")
     if preset in seen:
         raise ConfigError(f"presets refer to each other in a circle: {' -> '.join((*seen, preset))}")
-    path = config_dir() / f"{preset.replace('-', '_')}.yaml"
-    differences = yaml.safe_load(path.read_text()) or {}
+    differences = _differences(preset)
     base = differences.pop("base", None)
     return _merged(_tree(base, (*seen, preset)) if base else {}, differences)
+
+
+def _differences(preset: str) -> dict[str, Any]:
+    if not preset.endswith(_SUFFIXES):
+        if preset not in PRESETS:
+            raise ConfigError(f"unknown preset {preset!r}; {_nearest(preset, PRESETS)}, or a YAML file of your own")
+        return yaml.safe_load((config_dir() / f"{preset.replace('-', '_')}.yaml").read_text()) or {}
+    path = Path(preset).expanduser()
+    try:
+        tree = yaml.load(path.read_text(), _Values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"preset file {preset} cannot be read: {error}") from error
+    if not isinstance(tree, dict) or not all(key == "base" or isinstance(tree[key], dict) for key in tree):
+        raise ConfigError(f"preset file {preset} must hold sections with values, such as `sim: {{num_envs: 8}}`")
+    if "base" not in tree:
+        raise ConfigError(f"preset file {preset} must name the preset that it changes, such as `base: laptop`")
+    if "sim" in tree:
+        tree["sim"] = absolute_files(tree["sim"], path.parent)
+    return tree
 
 
 def _merged(base: dict[str, Any], differences: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class PrivilegedEnv(VecEnv, Protocol):
     """Environments that also tell the true state."""
 
     def privileged(self) -> dict[str, Tensor]:
-        """Poses of TCP, cube and plate and the joint positions, each with leading B."""
+        """Poses of TCP and objects and the joint positions, each with leading B."""
         ...
 
 
@@ -41,16 +41,17 @@ def collect_demos(scene: Path, out: Path, config: PipelineConfig, reporter: Repo
         SceneError, SimulationError: the environment cannot be built.
         TrainingError: ``out`` holds shards of another scene or other settings, or no episode succeeded.
     """
-    from gsrl_core.sim.expert import Expert as ScriptedExpert
     from gsrl_core.sim.gs_env import make_env
+    from gsrl_core.sim.tasks import load_task
     from gsrl_core.splat.raster import make_rasterizer
     from gsrl_core.splat.scene import load_scene
 
     device = torch.device("cpu") if config.sim.rasterizer == "numba" else default_device()
     loaded = load_scene(scene).to(device)
+    expert = load_task(config.sim.task, config.sim.task_options).expert()
     env = make_env(config.sim, loaded, make_rasterizer(config.sim.rasterizer))
     try:
-        return record_demos(env, ScriptedExpert().act, out, config, reporter, scene=digest_folder(scene))
+        return record_demos(env, expert, out, config, reporter, scene=digest_folder(scene))
     finally:
         env.close()
 

@@ -84,9 +84,13 @@ def default_device() -> torch.device:
 
 
 def _card(config: PipelineConfig) -> str:
+    from gsrl_core.sim.tasks import load_task
+
     ppo, policy = config.ppo, config.policy
+    task = load_task(config.sim.task, config.sim.task_options)
     return (
-        f'# pi0.5 after PPO in a splat-rendered environment\n\nTask: {config.sim.task}, "{config.sim.instruction}". '
+        "# pi0.5 after PPO in a splat-rendered environment\n\n"
+        f'Task: {task.name}, "{config.sim.instruction or task.instruction}". '
         f"{ppo.iterations} iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
         f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds settings and "
         "history; heads.safetensors the critic, which serving does not need.\n"

@@ -35,6 +35,8 @@ from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.interfaces import Policy, Reporter
 from gsrl_core.package_card import installed_requirements, machine_facts, model_card
 from gsrl_core.sections import PipelineConfig, SimConfig
+from gsrl_core.sim.task import EpisodeSpec, Task
+from gsrl_core.sim.tasks import load_task
 
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.model")
 SECTIONS = ("sim", "policy", "evaluation", "release")
@@ -184,13 +186,14 @@ def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
         raise PackageError(
             f"the policy has {policy.action_dim} action values; packages need 7 (xyz, Euler XYZ, gripper)"
         )
+    task = load_task(config.sim.task, config.sim.task_options)
     given = config.sim.cameras[0]
     camera = from_sapien(
         given.position, given.rotation, given.fx, given.fy, given.cx, given.cy, given.width, given.height
     ).scaled(1.0 / config.sim.render_downscale)
     return Contract(
-        task=config.sim.task,
-        instruction=config.sim.instruction,
+        task=task.name,
+        instruction=config.sim.instruction or task.instruction,
         camera=CameraContract(
             name=given.name,
             width=camera.width,
@@ -229,7 +232,7 @@ def _fill(
         contract,
         load_scene(out / "scene"),
         make_rasterizer(config.sim.rasterizer),
-        _placements(config.evaluation.seed),
+        _placements(load_task(config.sim.task, config.sim.task_options), config.evaluation.seed),
     )
     parity.save_vectors(out / "parity", vectors)
     latency = parity.measure_latency(service, vectors, contract, LATENCY_SAMPLES) | {"machine": machine_facts()}
@@ -253,15 +256,13 @@ def _copy_checkpoint(checkpoint: Path, out: Path) -> None:
     shutil.copyfile(stats[0], target)
 
 
-def _placements(seed: int) -> list[parity.Placement]:
-    from gsrl_core.sim.task import EpisodeSpec, start_state
-
-    starts = [start_state(EpisodeSpec(seed + i)) for i in range(PARITY_VECTORS)]
+def _placements(task: Task, seed: int) -> list[parity.Placement]:
+    starts = [task.start(EpisodeSpec(seed + i)) for i in range(PARITY_VECTORS)]
     return [
         parity.Placement(
             q=start.qpos[:7],
             fingers=(float(start.qpos[7]), float(start.qpos[8])),
-            objects={"cube": parity.upright(start.cube), "plate": parity.upright(start.plate)},
+            objects={name: parity.transform(pose) for name, pose in start.objects.items()},
             seed=seed + i,
         )
         for i, start in enumerate(starts)

@@ -40,7 +40,7 @@ Known difference to simulation: there, gravity pulls the arm about 13 mm below i
 
 {table}
 
-Success: the cube rests released on the plate. `seed test`: the looser test of the original task. Intervals: Wilson.
+Success: the object rests, released, where the task wants it. `seed's test`: a looser one. Intervals: Wilson.
 
 ## Use
 

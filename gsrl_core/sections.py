@@ -5,7 +5,8 @@ Each section checks itself; :class:`PipelineConfig` checks relations between sec
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -152,6 +153,9 @@ class SimConfig(Section):
     """The environment."""
 
     task: str = Field("PutCubeOnPlate-v0", min_length=1)
+    """PutCubeOnPlate-v0, StackCube-v0, PickAndPlace-v0, or one of your own as ``FILE.py:CLASS``."""
+    task_options: dict[str, bool | int | float | str] = {}
+    """Fields of the task's class, such as ``{mesh: mug.obj}``; files are looked for where this is written."""
     num_envs: int = Field(64, ge=1, le=4096)
     workers: int = Field(0, ge=0, le=512)
     """Physics processes; 0 takes one for each CPU core."""
@@ -175,7 +179,14 @@ class SimConfig(Section):
     rasterizer: Literal["auto", "numba", "gsplat", "cuda"] = "auto"
     """numba (CPU), cuda (our kernels), gsplat (their reference); auto takes the fastest that runs here."""
     realism: RealismConfig = RealismConfig()
-    instruction: str = Field("pick up the cube and put it on the plate", min_length=1)
+    instruction: str | None = Field(None, min_length=1)
+    """What the policy is told; none: what the task says."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absolute(cls, values: Any) -> Any:
+        # Workers and Prefect's processes have working directories of their own.
+        return absolute_files(values, Path()) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _consistent(self) -> SimConfig:
@@ -185,6 +196,22 @@ class SimConfig(Section):
         if self.sim_hz % self.control_hz:
             raise ValueError(f"sim_hz ({self.sim_hz}) must be a multiple of control_hz ({self.control_hz})")
         return self
+
+
+def absolute_files(sim: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The section ``sim`` with those files of ``task`` and ``task_options`` that are in ``folder`` made absolute."""
+
+    def absolute(text: str) -> str:
+        file = (folder / text).absolute()
+        return str(file) if not Path(text).is_absolute() and file.is_file() else text
+
+    changed = dict(sim)
+    if isinstance(reference := sim.get("task"), str) and ".py:" in reference:
+        path, _, name = reference.rpartition(":")
+        changed["task"] = f"{absolute(path)}:{name}"
+    if isinstance(options := sim.get("task_options"), dict):
+        changed["task_options"] = {k: absolute(v) if isinstance(v, str) else v for k, v in options.items()}
+    return changed
 
 
 class PolicyConfig(Section):

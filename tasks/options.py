@@ -24,9 +24,10 @@ from prefect.states import State
 from prefect.tasks import Task
 
 import gsrl_core
+from gsrl_core.artifacts import digest_file
 from gsrl_core.config import section_digest
 from gsrl_core.hub import InterruptedDownloadError
-from gsrl_core.sections import PipelineConfig
+from gsrl_core.sections import PipelineConfig, SimConfig
 
 STAGE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retries": 0}
 """Options of every task: a stage that failed is deterministic, trying again without a change does not help. (The one
@@ -72,7 +73,7 @@ def stage_key(
         stage: its name.
         inputs: digests by name.
         config: the whole configuration.
-        sections: names of those that count.
+        sections: names of those that count; with ``sim`` also the code and the files of its task.
         modules: drivers; they count with all that they import and with the versions of the packages they use.
         body: the task's own part; the file that defines it counts.
     """
@@ -80,6 +81,7 @@ def stage_key(
         stage,
         *(f"{name}={value}" for name, value in sorted(inputs.items())),
         *(f"{name}:{section_digest(getattr(config, name))}" for name in sorted(sections)),
+        *([f"task@{task_version(config.sim)}"] if "sim" in set(sections) else []),
         *(f"{module}@{code_version(module)}" for module in sorted(modules)),
         *([f"body@{_file_version(body.__module__)}"] if body else []),
     ]
@@ -111,6 +113,19 @@ def code_version(module: str) -> str:
     for package in sorted({name for part in closure for name in _named(part)} & set(_PACKAGES)):
         total.update(f"{package}=={_installed(_PACKAGES[package])}\0".encode())
     return total.hexdigest()[:16]
+
+
+def task_version(sim: SimConfig) -> str:
+    """Digest of what the configured task is: its options, its code (a user's file too) and the files that it names."""
+    from gsrl_core.sim import tasks  # SAPIEN's warnings filter, numpy
+
+    code, task = tasks.code_location(sim.task), tasks.load_task(sim.task, sim.task_options)
+    parts = [
+        code_version(code) if isinstance(code, str) else digest_file(code),
+        repr(sorted(sim.task_options.items())),
+        *(digest_file(file) for file in task.files()),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 @cache

@@ -24,7 +24,8 @@ RECONSTRUCTION = Stage(
     attachments=("quality.json", "photo_render.png"),
     uses_gpu=True,
 )
-SCENE = Stage("assemble", "scene", modules=("gsrl_core.assemble",))
+# Of the section sim the task alone decides the scene; it is part of the key by its own digest.
+SCENE = Stage("assemble", "scene", checked=("sim",), modules=("gsrl_core.assemble",))
 
 _RESUMABLE = ".work"
 
@@ -42,9 +43,10 @@ def reconstruct(config: PipelineConfig, capture: Artifact, parent_run_id: str) -
 def assemble_scene(
     config: PipelineConfig, reconstruction: Artifact, gsenv: Artifact | None, parent_run_id: str
 ) -> Result:
-    """The bench with robot, cube and plate as bodies."""
+    """The bench with the robot and the task's objects as bodies."""
     inputs = {"reconstruction": reconstruction} | ({"gsenv": gsenv} if gsenv else {})
-    return run_stage(SCENE, config, inputs, _assemble, parent_run_id)
+    identity = {"task": options.task_version(config.sim)}
+    return run_stage(SCENE, config, inputs, _assemble, parent_run_id, identity=identity)
 
 
 def require_quality(config: PipelineConfig, reconstruction: Artifact) -> None:
@@ -87,6 +89,11 @@ def _photos(capture: Path) -> Path:
 
 def _assemble(build: Build) -> dict[str, Any]:
     from gsrl_core.assemble import assemble_scene as driver
+    from gsrl_core.sim.tasks import load_task
 
-    scene = driver(build.inputs["reconstruction"] / "scene.ply", build.out, gsenv=build.inputs.get("gsenv"))
+    sim = build.config.sim
+    scene = driver(
+        build.inputs["reconstruction"] / "scene.ply", build.out,
+        gsenv=build.inputs.get("gsenv"), task=load_task(sim.task, sim.task_options),
+    )  # fmt: skip
     return {"gaussians": len(scene.body), "bodies": len(scene.names)}

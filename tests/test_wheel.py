@@ -25,7 +25,7 @@ def test_top_level_is_our_three_packages(wheel):
 
 def test_wheel_carries_presets_and_bundled_data(wheel):
     names = set(wheel.namelist())
-    for preset in ("full", "one_gpu", "cluster", "laptop"):
+    for preset in ("full", "one_gpu", "cluster", "laptop", "stack_cube", "pick_and_place"):
         assert f"gsrl_core/configs/{preset}.yaml" in names
     assert any(name.startswith("gsrl_core/bundled/capture_tabletop/") and name.endswith(".jpg") for name in names)
     assert "gsrl_core/bundled/pi05_tiny/model.safetensors" in names

@@ -70,11 +70,14 @@ class Vectors:
         }
 
 
-def upright(position: Array) -> Array:
-    """base_from_body [4, 4] of an object that stands upright at ``position`` [3] (m)."""
-    pose = np.eye(4)
-    pose[:3, 3] = position
-    return pose
+def transform(pose: Array) -> Array:
+    """base_from_body [4, 4] of ``pose`` [7]: position (m), quaternion wxyz."""
+    w, axis = pose[3], pose[4:]
+    turn = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+    base_from_body = np.eye(4)
+    base_from_body[:3, :3] += 2 * (w * turn + turn @ turn)
+    base_from_body[:3, 3] = pose[:3]
+    return base_from_body
 
 
 def make_vectors(

@@ -1,8 +1,8 @@
-"""The two objects of PutCubeOnPlate: one source for their collision shapes (sim) and for their looks (assemble).
+"""The usual objects: one source for their collision shapes (sim) and for their looks (assemble).
 
-Both bodies rest on the table plane z = 0 when their origin is at z = 0.02 m, which is where the seed's task puts them:
-the cube's origin is its centre, the plate's lies on its axis, PLATE_ORIGIN_HEIGHT above its underside. A cube that lies
-flat on the plate's floor then has its centre 6 mm above the plate's origin, inside the seed's 0 <= dz <= 0.07 m.
+Cube and plate rest on the table plane z = 0 when their origin is at z = 0.02 m, which is where the seed's task puts
+them: the cube's origin is its centre, the plate's is on its axis, PLATE_ORIGIN_HEIGHT above its underside. A cube that
+lies flat on the plate's floor then has its centre 6 mm above the plate's origin, inside the seed's 0 <= dz <= 0.07 m.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def cube_mesh() -> Mesh:
     return corners, np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 
+def disc_mesh(radius: float, thickness: float = 0.001, segments: int = 32) -> Mesh:
+    """A flat round mark: its underside in the plane z = 0, its axis z."""
+    _check_segments(segments)
+    angle = 2 * np.pi * np.arange(segments) / segments
+    ring = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    bottom, top = (np.column_stack([ring, np.full(segments, z)]) for z in (0.0, thickness))
+    return _prism(bottom, top)
+
+
 def plate_mesh(segments: int = 48) -> Mesh:
     """The plate as a closed surface of revolution about z: flat floor, sloping wall, raised rim (concave).
 
@@ -82,7 +91,8 @@ def plate_convex_parts(segments: int = 16) -> list[Mesh]:
     angle = 2 * np.pi * np.arange(segments + 1) / segments
     section = np.array(_WALL)
     profiles = [np.stack([section[:, 0] * np.cos(a), section[:, 0] * np.sin(a), section[:, 1]], axis=1) for a in angle]
-    return [_floor_disc(angle[:-1])] + [_prism(profiles[i + 1], profiles[i]) for i in range(segments)]
+    parts = [_floor_disc(angle[:-1])] + [_prism(profiles[i + 1], profiles[i]) for i in range(segments)]
+    return [(_lowered(vertices), faces) for vertices, faces in parts]
 
 
 def _floor_disc(angle: np.ndarray) -> Mesh:
@@ -97,7 +107,7 @@ def _prism(first: np.ndarray, second: np.ndarray) -> Mesh:
     here, there = np.arange(count), np.roll(np.arange(count), -1)
     fan = np.stack([np.zeros(count - 2, dtype=np.int64), here[1:-1], here[2:]], axis=1)
     sides = [np.stack([here, there, count + there], 1), np.stack([here, count + there, count + here], 1)]
-    return _lowered(np.concatenate([first, second])), np.concatenate([fan[:, ::-1], count + fan, *sides])
+    return np.concatenate([first, second]), np.concatenate([fan[:, ::-1], count + fan, *sides])
 
 
 def _lowered(vertices: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim import states as layout
+from gsrl_core.sim.tasks import load_task
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +33,19 @@ class BatchPhysics:
             check_gpu_physics()
         elif num_envs != 1:
             raise SimulationError(f"ManiSkill runs one environment on the CPU, not {num_envs}; use the worker pool")
-        import gymnasium
+        from gsrl_core.sim.maniskill import env_class
 
-        import gsrl_core.sim.put_cube_on_plate  # noqa: F401 (registers the environment)
-
+        made = load_task(sim.task, sim.task_options)
         self._seeds: list[int] = []
         self._action_dim = 7 if "ee" in sim.control_mode else 8
+        objects = len(made.bodies)
         self.states = layout.view(
-            bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps)), num_envs, sim.max_episode_steps
+            bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps, objects)),
+            num_envs,
+            sim.max_episode_steps,
+            objects,
         )
-        self._env = gymnasium.make(
-            task.TASK,
+        self._env = env_class(made)(
             num_envs=num_envs,
             obs_mode="none",
             reward_mode="none",
@@ -112,9 +115,10 @@ class BatchPhysics:
     def _record(self, info: dict[str, torch.Tensor], which: np.ndarray) -> None:
         base, states = self._base, self.states
         robot = base.agent.robot
-        bodies = [*(robot.links_map[name] for name in fr3.LINKS), base.cube, base.plate]
+        objects = base.objects.values()
+        bodies = [*(robot.links_map[name] for name in fr3.LINKS), *objects]
         poses = torch.stack([body.pose.to_transformation_matrix() for body in bodies], dim=1)
-        velocities = [torch.cat([b.linear_velocity, b.angular_velocity], dim=-1) for b in (base.cube, base.plate)]
+        velocities = [torch.cat([b.linear_velocity, b.angular_velocity], dim=-1) for b in objects]
         values = {
             "body_to_world": poses,
             "tcp_to_world": base.agent.tcp.pose.to_transformation_matrix(),

@@ -11,7 +11,7 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.camera import Camera, from_sapien
 from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.sections import CameraConfig
-from gsrl_core.sim import task
+from gsrl_core.sim.fr3 import LINKS
 from gsrl_core.sim.lens import Lens, pinhole_rays
 from gsrl_core.sim.supersample import averaged
 from gsrl_core.splat.frames import Frames
@@ -75,7 +75,7 @@ class CameraRig:
         """The pinhole cameras to draw now.
 
         Args:
-            body_to_world: float32 [b, M, 4, 4], bodies in the order of ``task.BODIES``.
+            body_to_world: float32 [b, M, 4, 4], bodies in the order of ``task.body_names``.
             motion: float32 [b, 4, 4], see ``perturb.Episode.camera_motion``.
 
         Returns:
@@ -104,6 +104,6 @@ def _camera(config: CameraConfig) -> Camera:
 
 
 def _body(config: CameraConfig) -> int:
-    if config.link not in task.BODIES:
-        raise SimulationError(f"camera {config.name!r}: link {config.link!r}; allowed: {', '.join(task.BODIES)}")
-    return task.BODIES.index(config.link)
+    if config.link not in LINKS:
+        raise SimulationError(f"camera {config.name!r}: link {config.link!r}; allowed: {', '.join(LINKS)}")
+    return LINKS.index(config.link)  # every task's bodies begin with the links

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from gsrl_core.errors import SimulationError
+from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
 from gsrl_core.sections import RealismConfig, SimConfig
-from gsrl_core.sim import fr3, task
+from gsrl_core.sim import fr3
 from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
 from gsrl_core.sim.realism import Realism
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.states import PARTS
+from gsrl_core.sim.task import body_names
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
@@ -41,17 +44,16 @@ def make_env(
         perturbation: disturbs every episode; none is nominal.
 
     Raises:
-        SimulationError: unknown task, body, camera link or control mode, a lens or background that cannot be drawn, or
-            physics that this machine lacks.
+        SimulationError: unknown or impossible task, unknown body, camera link or control mode, a lens or background
+            that cannot be drawn, or physics that this machine lacks.
         WorkerError: a physics process could not be started.
     """
-    if sim.task != task.TASK:
-        raise SimulationError(f"task {sim.task!r}; allowed: {task.TASK}")
+    played = load_task(sim.task, sim.task_options)
     count = sim.num_envs if num_envs is None else num_envs
     if count < 1:
         raise SimulationError(f"num_envs is {count}; at least 1 is needed")
-    _check_bodies(scene)
-    disturbed = perturbation or Perturbation()
+    _check_bodies(scene, body_names(played))
+    disturbed = (perturbation or Perturbation()).for_task(played.rewordings)
     rig = CameraRig(sim.cameras, sim.render_downscale, sim.render_supersample)
     realism = Realism(disturbed.realism_over(sim.realism), scene, rig.rays(), scene.gaussians.means.device)
     return GsVecEnv(sim, scene, rasterizer, rig, make_physics(sim, count), disturbed, realism)
@@ -63,9 +65,8 @@ def make_physics(sim: SimConfig, num_envs: int) -> Physics:
         from gsrl_core.sim.batch import BatchPhysics  # ManiSkill, many seconds
 
         return BatchPhysics(sim, num_envs)
-    settings = WorldSettings(
-        fr3.prepare_urdf(), sim.sim_hz, sim.control_hz, sim.control_mode, solver_iterations=sim.solver_iterations
-    )
+    rates = (sim.sim_hz, sim.control_hz, sim.control_mode, sim.solver_iterations)
+    settings = WorldSettings(fr3.prepare_urdf(), *rates, sim.task, sim.task_options)
     return Pool(settings, num_envs, sim.max_episode_steps, sim.workers)
 
 
@@ -87,14 +88,18 @@ class GsVecEnv:
         self.control_hz = float(sim.control_hz)
         self.max_episode_steps = sim.max_episode_steps
         self.device = scene.gaussians.means.device
-        self._instruction = sim.instruction
+        played = load_task(sim.task, sim.task_options)
+        self._instruction = sim.instruction or played.instruction
+        self._objects = tuple(thing.name for thing in played.bodies)
         self._scene = scene
         self._rasterizer = rasterizer
         self._rig = rig
         self._realism = realism or Realism(RealismConfig(), scene, rig.rays(), self.device)
         self._physics = physics
         self._perturbation = perturbation
-        self._bodies = torch.tensor([task.BODIES.index(name) for name in scene.names], dtype=torch.long)
+        self.bodies = (*fr3.LINKS, *self._objects)
+        """Names of the bodies of :meth:`body_poses`."""
+        self._bodies = torch.tensor([self.bodies.index(name) for name in scene.names], dtype=torch.long)
         self._episodes: list[Episode] = []
         self._camera_motion = torch.eye(4).repeat(self.num_envs, 1, 1)
         self._pictures = {
@@ -167,25 +172,29 @@ class GsVecEnv:
     def privileged(self) -> dict[str, Tensor]:
         """The true state, for experts and metrics: float32 on the CPU.
 
-        ``cube_pose``, ``plate_pose``, ``tcp_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9],
-        ``cube_velocity`` and ``plate_velocity`` [B, 6] (m/s, rad/s).
+        ``tcp_pose`` and each object's ``<name>_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9], each
+        object's ``<name>_velocity`` [B, 6] (m/s, rad/s).
         """
         states = self._physics.states
         bodies = torch.from_numpy(states.body_to_world.copy())
         velocities = torch.from_numpy(states.velocities.copy())
+        poses = {f"{name}_pose": _pose(bodies[:, self.bodies.index(name)]) for name in self._objects}
+        speeds = {f"{name}_velocity": velocities[:, i] for i, name in enumerate(self._objects)}
         return {
-            "cube_pose": _pose(bodies[:, task.BODIES.index("cube")]),
-            "plate_pose": _pose(bodies[:, task.BODIES.index("plate")]),
+            **poses,
             "tcp_pose": _pose(torch.from_numpy(states.tcp_to_world.copy())),
             "qpos": torch.from_numpy(states.qpos.copy()),
             "qvel": torch.from_numpy(states.qvel.copy()),
-            "cube_velocity": velocities[:, 0],
-            "plate_velocity": velocities[:, 1],
+            **speeds,
         }
 
     def body_poses(self) -> Tensor:
-        """Poses of :data:`gsrl_core.sim.task.BODIES` in the world, float32 [B, M, 4, 4] on the CPU."""
+        """Poses of ``bodies`` in the world, float32 [B, M, 4, 4] on the CPU."""
         return torch.from_numpy(self._physics.states.body_to_world.copy())
+
+    def cameras(self) -> dict[str, Camera]:
+        """Camera name -> the pinhole cameras of the current pictures, on the CPU; leading size 1 or B."""
+        return self._rig.cameras(self.body_poses(), self._camera_motion)
 
     def success_parts(self) -> dict[str, Tensor]:
         """The parts of strict success as they are now: bool [B] each."""
@@ -283,7 +292,9 @@ def _on(frames: Frames, device: torch.device) -> Frames:
     )
 
 
-def _check_bodies(scene: Scene) -> None:
-    unknown = [name for name in scene.names if name not in task.BODIES]
-    if unknown:
-        raise SimulationError(f"the scene has bodies {unknown} that physics does not move; allowed: {task.BODIES}")
+def _check_bodies(scene: Scene, moved: tuple[str, ...]) -> None:
+    if unknown := [name for name in scene.names if name not in moved]:
+        raise SimulationError(
+            f"the scene has bodies {unknown} that physics does not move; allowed: {', '.join(moved)}. Was it assembled "
+            "for another task? Assemble it again for sim.task"
+        )

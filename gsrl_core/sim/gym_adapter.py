@@ -1,12 +1,14 @@
 """``gym.make("GSEnv-PutCubeOnPlate-v0", ...)``: the seed's environment interface on top of :class:`GsVecEnv`.
 
 Code written for ManiSkill-GS (RLinf's ``env_type: maniskill`` among it) finds the same keyword arguments, observation
-dictionary and return values. Importing this module registers the name.
+dictionary and return values. The ids are registered by gym_ids.py.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,27 +16,55 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from pydantic import ValidationError
 from torch import Tensor
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.interfaces import Observation, Rasterizer
 from gsrl_core.sections import SimConfig
-from gsrl_core.sim import fr3, task
+from gsrl_core.sim import fr3
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
+from gsrl_core.sim.task import CONTROL_HZ
+from gsrl_core.sim.tasks import DEFAULT
 from gsrl_core.splat.scene import Scene, load_scene
 
-ENV_ID = "GSEnv-PutCubeOnPlate-v0"
+SCENE_VARIABLE = "GSRL_SCENE"
+"""Environment variable with the scene folder, for code that knows only the seed's own arguments."""
+_BACKENDS = {"auto": None, "cpu": "physx_cpu", "gpu": "physx_cuda"} | {n: n for n in ("physx_cpu", "physx_cuda")}
+_RATES = {"sim_freq": "sim_hz", "control_freq": "control_hz"}
 _GS_KEYS = ("render_interface", "cache_table", "render_bs", "device", "back_ground_file", "scene", "rasterizer", "sim")
+
+
+@dataclass(frozen=True)
+class _Robot:
+    """As much of ManiSkill's ``env.agent.robot`` as wrappers read."""
+
+    env: GsVecEnv
+
+    def get_qpos(self) -> Tensor:
+        """float32 [num_envs, 9]: joints (rad), fingers (m)."""
+        return self.env.privileged()["qpos"].to(self.env.device)
+
+    def get_qvel(self) -> Tensor:
+        """float32 [num_envs, 9]: rad/s, m/s."""
+        return self.env.privileged()["qvel"].to(self.env.device)
+
+
+@dataclass(frozen=True)
+class _Agent:
+    robot: _Robot
+    uid: str = fr3.ROBOT_UID
 
 
 class GSEnvAdapter(gymnasium.Env):
     """Batched like a ManiSkill environment: tensors with a leading ``num_envs``, no automatic reset."""
 
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": task.CONTROL_HZ}
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
 
     def __init__(
         self,
         *,
+        task_reference: str = DEFAULT,
         num_envs: int = 1,
         obs_mode: str = "rgb",
         reward_mode: str = "sparse",
@@ -42,24 +72,26 @@ class GSEnvAdapter(gymnasium.Env):
         robot_uids: str = fr3.ROBOT_UID,
         render_mode: str | None = "rgb_array",
         sim_backend: str = "auto",
-        max_episode_steps: int = task.MAX_EPISODE_STEPS,
+        sim_config: Mapping[str, int] | None = None,
         gs_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Build the environment.
 
         Args:
+            task_reference: see :func:`gsrl_core.sim.tasks.load_task`; the registered names bring theirs.
             num_envs: B.
             obs_mode: ``state``, ``rgb`` or ``sensor_data``; as in the seed the dictionary always carries both.
             reward_mode: ``sparse`` or ``only_success`` (+1 on first success), ``none`` (zeros).
             control_mode: one of ``settings.CONTROL_MODES``.
             robot_uids: ``my_franka``.
             render_mode: ``rgb_array`` or none.
-            sim_backend: ``auto``, ``physx_cpu`` or ``physx_cuda``.
-            max_episode_steps: control steps before truncation.
-            gs_kwargs: ``render_interface`` (``gs_rlinf`` or ``gs``), ``device``, ``scene`` (folder or Scene),
-                ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics and cameras are used).
-                ``cache_table`` must be true and ``render_bs`` is any size: the background is always cached and
-                rendering is always batched. ``back_ground_file`` must be none: the scene brings its background.
+            sim_backend: ``auto``, ``cpu`` or ``physx_cpu``, ``gpu`` or ``physx_cuda``.
+            sim_config: ManiSkill's ``sim_freq`` and ``control_freq`` (Hz).
+            gs_kwargs: ``render_interface`` (``gs_rlinf`` or ``gs``), ``device``, ``scene`` (folder or Scene; none:
+                ``$GSRL_SCENE``), ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics, cameras, task
+                options and time limit are used). ``cache_table`` and ``render_bs`` change nothing: the background is
+                always cached and rendering is always batched. ``back_ground_file`` must be none: the scene brings its
+                background. A ``max_episode_steps`` that gym.make is given can only be below that of ``sim``.
 
         Raises:
             SimulationError: a value that the adapter does not support; the message lists those that it does.
@@ -67,29 +99,36 @@ class GSEnvAdapter(gymnasium.Env):
         options = dict(gs_kwargs or {})
         unknown = sorted(set(options) - set(_GS_KEYS))
         if unknown:
-            raise SimulationError(f"{ENV_ID}: gs_kwargs has unknown keys {unknown}; allowed: {', '.join(_GS_KEYS)}")
+            raise SimulationError(f"GSEnv: gs_kwargs has unknown keys {unknown}; allowed: {', '.join(_GS_KEYS)}")
         _check("obs_mode", obs_mode, ("state", "rgb", "sensor_data"))
         _check("reward_mode", reward_mode, ("sparse", "only_success", "none"))
         _check("robot_uids", robot_uids, (fr3.ROBOT_UID,))
         _check("render_mode", render_mode, ("rgb_array", None))
-        _check("sim_backend", sim_backend, ("auto", "physx_cpu", "physx_cuda"))
+        _check("sim_backend", sim_backend, tuple(_BACKENDS))
         # env and env+gs ask for SAPIEN's own renderer, which would need visual shapes and Vulkan.
         _check("gs_kwargs.render_interface", options.get("render_interface", "gs_rlinf"), ("gs_rlinf", "gs"))
-        _check("gs_kwargs.cache_table", options.get("cache_table", True), (True,))
+        _check("gs_kwargs.cache_table", options.get("cache_table", True), (True, False))
         _check("gs_kwargs.back_ground_file", options.get("back_ground_file"), (None,))
         sim: SimConfig = options.get("sim") or SimConfig()
-        changes = {"control_mode": control_mode, "max_episode_steps": max_episode_steps}
-        if sim_backend != "auto":
-            changes["physics_backend"] = sim_backend
+        changes = {"task": task_reference, "control_mode": control_mode, **_rates(sim_config or {})}
+        if _BACKENDS[sim_backend]:
+            changes["physics_backend"] = _BACKENDS[sim_backend]
+        try:
+            sim = SimConfig.model_validate(sim.model_dump() | changes)
+        except ValidationError as error:
+            raise SimulationError(f"GSEnv: {error.errors()[0]['msg']}") from error
         scene, rasterizer = _scene_and_rasterizer(options, sim)
-        self._env: GsVecEnv = make_env(sim.model_copy(update=changes), scene, rasterizer, num_envs=num_envs)
+        self._env: GsVecEnv = make_env(sim, scene, rasterizer, num_envs=num_envs)
         self._image_key = "rgb" if options.get("render_interface", "gs_rlinf") == "gs_rlinf" else "gs"
         self._rewards = reward_mode != "none"
         self._seeds = np.random.Generator(np.random.PCG64())
         self.num_envs = num_envs
         self.device = self._env.device
         self.render_mode = render_mode
-        self.max_episode_steps = max_episode_steps
+        self.max_episode_steps = sim.max_episode_steps
+        self.control_freq, self.sim_freq = sim.control_hz, sim.sim_hz
+        self.obs_mode, self.control_mode = obs_mode, control_mode
+        self.agent = _Agent(_Robot(self._env))
         bound = np.full(self._env.action_dim, fr3.DELTA_LIMIT, dtype=np.float32)
         bound[-1] = 1.0
         self.single_action_space = spaces.Box(-bound, bound, dtype=np.float32)
@@ -174,10 +213,11 @@ class GSEnvAdapter(gymnasium.Env):
 
 
 def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[Scene, Rasterizer]:
-    scene = options.get("scene")
-    if scene is None:
+    scene = options.get("scene") or os.environ.get(SCENE_VARIABLE)
+    if not scene:
         raise SimulationError(
-            "gs_kwargs.scene is missing; give the scene folder that `real2sim2real run` assembled, or a Scene"
+            "gs_kwargs.scene is missing; give the scene folder that `real2sim2real assemble` or `run` made, or a "
+            f"Scene, or set {SCENE_VARIABLE}"
         )
     scene = scene if isinstance(scene, Scene) else load_scene(Path(scene))
     device = torch.device(options.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
@@ -191,9 +231,12 @@ def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[S
     return scene.to(device), rasterizer
 
 
+def _rates(sim_config: Mapping[str, int]) -> dict[str, int]:
+    if unknown := sorted(set(sim_config) - set(_RATES)):
+        raise SimulationError(f"GSEnv: sim_config has unknown keys {unknown}; allowed: {', '.join(_RATES)}")
+    return {_RATES[name]: value for name, value in sim_config.items()}
+
+
 def _check(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise SimulationError(f"{ENV_ID}: {name}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
-
-
-gymnasium.register(ENV_ID, entry_point=f"{__name__}:GSEnvAdapter", disable_env_checker=True, order_enforce=False)
+        raise SimulationError(f"GSEnv: {name}={value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,9 +47,11 @@ class Perturbation:
     camera_turn: float = 0.0
     """Standard deviation of the camera's rotation vector per axis (rad)."""
     friction_range: tuple[float, float] = (1.0, 1.0)
-    """Factor of the friction of cube, plate and fingers, log-uniform."""
+    """Factor of the friction of objects and fingers, log-uniform."""
+    reworded: bool = False
+    """One of the task's other wordings is chosen."""
     instructions: tuple[str, ...] = ()
-    """Wordings, one is chosen; empty keeps the task's."""
+    """Wordings to choose from; empty keeps the task's own."""
     realism: RealismConfig | None = None
     """The values that were given to it replace those of ``sim.realism``; the others stay."""
 
@@ -57,6 +59,10 @@ class Perturbation:
         """``configured`` (``sim.realism``) with this perturbation's values over it."""
         changes = {} if self.realism is None else {n: getattr(self.realism, n) for n in self.realism.model_fields_set}
         return configured.model_copy(update=changes)
+
+    def for_task(self, rewordings: tuple[str, ...]) -> Perturbation:
+        """With the wordings that the task at hand offers, if this perturbation rewords."""
+        return replace(self, instructions=rewordings) if self.reworded else self
 
     def draw(self, seed: int) -> Episode:
         """The episode of ``seed``: always the same for the same seed and ranges."""
@@ -86,15 +92,7 @@ PERTURBATIONS = {
         Perturbation("lighting", gain_range=(0.6, 1.3), white_balance=0.15),
         Perturbation("camera", camera_shift=0.01, camera_turn=0.015),
         Perturbation("friction", friction_range=(0.4, 1.5)),
-        Perturbation(
-            "wording",
-            instructions=(
-                "place the cube on the plate",
-                "put the red block onto the plate",
-                "grab the cube and set it down on the white plate",
-                "move the cube to the plate",
-            ),
-        ),
+        Perturbation("wording", reworded=True),
         Perturbation(
             "sensor",
             realism=RealismConfig(gamma_range=(0.8, 1.25), contrast_range=(0.8, 1.2), read_noise=3.0, shot_noise=6.0),

@@ -74,11 +74,12 @@ class Pool:
         self._deaths = [0] * count
         self._specs: tuple[EpisodeSpec, ...] = ()
         self._present = np.zeros(num_envs, dtype=bool)
-        size = layout.size_in_bytes(num_envs, horizon)
+        sizes = (num_envs, horizon, len(settings.objects))
+        size = layout.size_in_bytes(*sizes)
         self._memory_fd = os.memfd_create("gsrl-physics")
         try:
             os.ftruncate(self._memory_fd, size)
-            self.states = layout.view(mmap.mmap(self._memory_fd, size), num_envs, horizon)
+            self.states = layout.view(mmap.mmap(self._memory_fd, size), *sizes)
             self._workers = [self._start(i) for i in range(count)]
             self._insist({i: ("reset", {}) for i in range(count)})
         except BaseException:

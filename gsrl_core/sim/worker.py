@@ -28,12 +28,14 @@ def main(socket_fd: int, memory_fd: int, num_envs: int, horizon: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     commands = Connection(socket_fd)
-    block = mmap.mmap(memory_fd, states.size_in_bytes(num_envs, horizon))
-    os.close(memory_fd)
     try:
-        episodes = Episodes(commands.recv(), states.view(block, num_envs, horizon))
+        settings = commands.recv()
     except EOFError:
         return
+    sizes = (num_envs, horizon, len(settings.objects))
+    block = mmap.mmap(memory_fd, states.size_in_bytes(*sizes))
+    os.close(memory_fd)
+    episodes = Episodes(settings, states.view(block, *sizes))
     while True:
         # The socket closes with the parent; a child that the parent forked may hold it open, hence the second test.
         while not commands.poll(_PARENT_CHECK_SECONDS):

@@ -1,6 +1,6 @@
 """One environment's physics without ManiSkill's per-step overhead: SAPIEN bodies, drive targets, ``px.step``.
 
-It reproduces ``PutCubeOnPlate-v0``'s ``env.step`` (tests compare the two) and imports neither torch nor ManiSkill, so
+It reproduces the ``env.step`` of maniskill.py (tests compare the two) and imports neither torch nor ManiSkill, so
 that a worker process starts in under a second.
 """
 
@@ -13,14 +13,11 @@ import sapien
 from sapien import physx
 
 from gsrl_core.errors import SimulationError
-from gsrl_core.geometry import props
-from gsrl_core.sim import fr3, task
+from gsrl_core.sim import bodies, fr3, task
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.objects import ROBOT, TABLE
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
-
-TABLE_QUAT = (np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0)
-"""Turns PhysX's plane, whose normal is x, to face up."""
 
 
 class DivergedError(SimulationError):
@@ -37,12 +34,12 @@ class _Bodies:
     joints: list[physx.PhysxArticulationJoint]
     visible: list[physx.PhysxRigidBaseComponent]
     tcp: physx.PhysxArticulationLinkComponent
-    cube: physx.PhysxRigidDynamicComponent
-    plate: physx.PhysxRigidDynamicComponent
+    table: physx.PhysxRigidStaticComponent
+    objects: dict[str, physx.PhysxRigidDynamicComponent]
 
 
 class World:
-    """Robot, cube, plate and table. Every reset builds a fresh PhysX scene (1 ms), so no episode leaves a trace."""
+    """Robot, table, the task's objects. Every reset builds a fresh PhysX scene (1 ms), so no episode leaves a trace."""
 
     def __init__(self, settings: WorldSettings) -> None:
         self.settings = settings
@@ -50,17 +47,17 @@ class World:
         configure_physx(settings.solver_iterations)
         self._robot_builder = robot_builder(settings.urdf)
         self._kinematics = ArmKinematics(settings.urdf)
-        self._plate_parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
+        self._task = settings.load_task()
         self._bodies: _Bodies | None = None
         self._target = np.eye(4)
-        self._cube_before = np.eye(4)
+        self._before: dict[str, np.ndarray] = {}
 
     # ------------------------------------------------------------------ episode
     def reset(self, spec: task.EpisodeSpec) -> None:
         """Start the episode that ``spec`` describes."""
-        start = task.start_state(spec)
+        start = self._task.start(spec)
         self._bodies = self._build(spec, start)
-        self._cube_before = self._cube_pose()
+        self._before = self._object_poses()
         self.set_qpos(start.qpos)
 
     def set_qpos(self, qpos: np.ndarray) -> None:
@@ -72,12 +69,12 @@ class World:
         self._target = bodies.tcp.entity_pose.to_transformation_matrix().astype(np.float64)
 
     def place(self, body: str, position: np.ndarray, quat: np.ndarray | None = None) -> None:
-        """Put the cube or plate at ``position`` [3] (m) turned by ``quat`` [4] (wxyz, default not), at rest."""
-        component = {"cube": self._scene().cube, "plate": self._scene().plate}[body]
+        """Put an object at ``position`` [3] (m) turned by ``quat`` [4] (wxyz, default not), at rest."""
+        component = self._scene().objects[body]
         component.entity_pose = sapien.Pose(position, (1, 0, 0, 0) if quat is None else quat)
         component.set_linear_velocity(np.zeros(3))
         component.set_angular_velocity(np.zeros(3))
-        self._cube_before = self._cube_pose()
+        self._before = self._object_poses()
 
     def step(self, action: np.ndarray) -> None:
         """Execute one control step of ``action`` [action_dim] in control units (m, rad; gripper in [-1, 1]).
@@ -90,7 +87,7 @@ class World:
         if not np.isfinite(action).all():
             raise SimulationError(f"action {action} is not finite; the policy diverged")
         self._drive(self._joint_targets(action))
-        self._cube_before = self._cube_pose()
+        self._before = self._object_poses()
         system = self._scene().system
         for _ in range(self._substeps):
             system.step()
@@ -135,57 +132,41 @@ class World:
         return self._scene().tcp.entity_pose.to_transformation_matrix()
 
     def body_poses(self) -> np.ndarray:
-        """world_from_body of :data:`gsrl_core.sim.task.BODIES`, float32 [M, 4, 4]."""
+        """world_from_body of :func:`gsrl_core.sim.task.body_names`, float32 [M, 4, 4]."""
         return np.stack([body.entity_pose.to_transformation_matrix() for body in self._scene().visible])
 
     def velocities(self) -> np.ndarray:
-        """Float32 [2, 6]: cube then plate, linear (m/s) and angular (rad/s)."""
-        bodies = self._scene()
-        return np.stack([np.concatenate([b.linear_velocity, b.angular_velocity]) for b in (bodies.cube, bodies.plate)])
+        """Float32 [K, 6]: of the task's objects, linear (m/s) and angular (rad/s)."""
+        objects = self._scene().objects.values()
+        return np.stack([np.concatenate([b.linear_velocity, b.angular_velocity]) for b in objects])
 
     def verdict(self, *, complete: bool = True) -> task.Verdict:
-        """Success and its parts, now.
+        """Success and its parts, now; for ``complete`` see :meth:`gsrl_core.sim.task.Task.judge`."""
+        poses = self._object_poses()
 
-        Args:
-            complete: if false, the costly parts (``resting``, ``released``, ``still``) are left false unless the cube
-                is inside the plate: where it is not, they cannot make a success.
-        """
-        cube, plate = self._cube_pose(), self._scene().plate.entity_pose.to_transformation_matrix()
-        if not complete:
-            inside, success_seed = task.locate(cube[:3, 3], plate[:3, 3], plate[:3, 2])
-            if not inside:
-                return task.Verdict(False, False, False, False, success_seed)
-        on_plate, elsewhere = self._cube_contacts()
-        speed, spin = task.mean_speeds(self._cube_before, cube, 1 / self.settings.control_hz)
-        return task.judge(
-            task.ObjectState(
-                cube_position=cube[:3, 3],
-                plate_position=plate[:3, 3],
-                plate_up=plate[:3, 2],
-                cube_speed=speed,
-                cube_spin=spin,
-                cube_on_plate=on_plate,
-                cube_elsewhere=elsewhere,
-            )
-        )
+        def speeds(name: str) -> tuple[float, float]:
+            return task.mean_speeds(self._before[name], poses[name], 1 / self.settings.control_hz)
 
-    def _cube_pose(self) -> np.ndarray:
-        return self._scene().cube.entity_pose.to_transformation_matrix()
+        return self._task.judge(task.ObjectsNow(poses, speeds, self._pressing), complete=complete)
 
-    def _cube_contacts(self) -> tuple[bool, bool]:
-        bodies = self._scene()
-        on_plate = elsewhere = False
-        for contact in bodies.system.get_contacts():
-            if bodies.cube not in contact.bodies:
+    def _object_poses(self) -> dict[str, np.ndarray]:
+        objects = self._scene().objects
+        return {name: body.entity_pose.to_transformation_matrix() for name, body in objects.items()}
+
+    def _pressing(self, name: str) -> frozenset[str]:
+        """What presses on an object; see :class:`gsrl_core.sim.task.ObjectsNow`."""
+        scene = self._scene()
+        known, body = {**scene.objects, TABLE: scene.table}, scene.objects[name]
+        pressing = set()
+        for contact in scene.system.get_contacts():
+            if body not in contact.bodies:
                 continue
             # Points within the contact offset are listed too; only those that transmit force touch.
             if not any(np.any(point.impulse) for point in contact.points):
                 continue
-            if bodies.plate in contact.bodies:
-                on_plate = True
-            else:
-                elsewhere = True
-        return on_plate, elsewhere
+            others = [other for other, touched in known.items() if other != name and touched in contact.bodies]
+            pressing.update(others or [ROBOT])
+        return frozenset(pressing)
 
     def _scene(self) -> _Bodies:
         if self._bodies is None:
@@ -207,17 +188,17 @@ class World:
         links = {link.name: link for link in robot.get_links()}
         for name in fr3.FINGER_LINKS:
             _make_grippy(links[name], fr3.FINGER_FRICTION * spec.friction_scale)
-        scene.add_entity(_table())
-        friction = task.OBJECT_FRICTION * spec.friction_scale
-        material = physx.PhysxMaterial(friction, friction, 0.0)
-        cube = _dynamic("cube", [physx.PhysxCollisionShapeBox([props.CUBE_HALF] * 3, material)])
-        plate = _dynamic("plate", plate_shapes(self._plate_parts, material))
-        for entity, position in ((cube, start.cube), (plate, start.plate)):
-            entity.pose = sapien.Pose(position)
+        table = bodies.table()
+        scene.add_entity(table)
+        objects = {}
+        for thing in self.settings.objects:
+            entity, objects[thing.name] = bodies.free_body(thing, spec.friction_scale)
+            placed = start.objects[thing.name]
+            entity.pose = sapien.Pose(placed[:3], placed[3:])
             scene.add_entity(entity)
-        objects = [entity.find_component_by_type(physx.PhysxRigidDynamicComponent) for entity in (cube, plate)]
-        visible = [links[name] for name in fr3.LINKS] + objects
-        return _Bodies(system, scene, robot, joints, visible, links[fr3.TCP_LINK], *objects)
+        visible = [*(links[name] for name in fr3.LINKS), *objects.values()]
+        ground = table.find_component_by_type(physx.PhysxRigidStaticComponent)
+        return _Bodies(system, scene, robot, joints, visible, links[fr3.TCP_LINK], ground, objects)
 
 
 def configure_physx(solver_iterations: int) -> None:
@@ -241,26 +222,6 @@ def configure_physx(solver_iterations: int) -> None:
     physx.set_default_material(task.TABLE_FRICTION, task.TABLE_FRICTION, 0.0)
 
 
-def plate_shapes(parts: list[np.ndarray], material: physx.PhysxMaterial) -> list[physx.PhysxCollisionShapeConvexMesh]:
-    """The plate's convex pieces from their vertices [V, 3] (m)."""
-    return [physx.PhysxCollisionShapeConvexMesh(vertices=part, scale=[1, 1, 1], material=material) for part in parts]
-
-
-def object_inertia(name: str) -> tuple[float, sapien.Pose, np.ndarray]:
-    """Mass (kg), centre of mass in the body frame and principal moments [3] (kg m^2) of the cube or the plate."""
-    mass = task.OBJECT_MASS
-    if name == "cube":
-        return mass, sapien.Pose(), np.full(3, mass * (2 * props.CUBE_HALF) ** 2 / 6)
-    disc = mass * props.PLATE_RADIUS**2
-    return mass, sapien.Pose([0, 0, task.PLATE_MASS_HEIGHT - props.PLATE_ORIGIN_HEIGHT]), disc / np.array([4, 4, 2])
-
-
-def prepare_shape(shape: physx.PhysxCollisionShape) -> None:
-    """Contact settings of the cube's and plate's shapes."""
-    shape.contact_offset = task.OBJECT_CONTACT_OFFSET
-    shape.patch_radius = shape.min_patch_radius = task.OBJECT_PATCH_RADIUS
-
-
 def euler_xyz(angles: np.ndarray) -> np.ndarray:
     """Rx(a) Ry(b) Rz(c), [3, 3], of angles [3] (rad): ManiSkill's "XYZ" convention."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(angles), np.sin(angles)
@@ -271,31 +232,6 @@ def euler_xyz(angles: np.ndarray) -> np.ndarray:
             [sa * sc - ca * sb * cc, sa * cc + ca * sb * sc, ca * cb],
         ]
     )
-
-
-def _dynamic(name: str, shapes: list[physx.PhysxCollisionShape]) -> sapien.Entity:
-    component = physx.PhysxRigidDynamicComponent()
-    for shape in shapes:
-        prepare_shape(shape)
-        component.attach(shape)
-    component.mass, component.cmass_local_pose, component.inertia = object_inertia(name)
-    component.name = name
-    entity = sapien.Entity()
-    entity.name = name
-    entity.add_component(component)
-    return entity
-
-
-def _table() -> sapien.Entity:
-    component = physx.PhysxRigidStaticComponent()
-    shape = physx.PhysxCollisionShapePlane(material=physx.get_default_material())
-    shape.local_pose = sapien.Pose(q=TABLE_QUAT)
-    component.attach(shape)
-    component.name = "table"
-    entity = sapien.Entity()
-    entity.name = "table"
-    entity.add_component(component)
-    return entity
 
 
 def _make_grippy(link: physx.PhysxArticulationLinkComponent, friction: float) -> None:

@@ -35,8 +35,8 @@ def cli(home):
 
 
 COMMANDS = (
-    "run", "scene", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view", "up",
-    "doctor", "bench",
+    "run", "scene", "assemble", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view",
+    "up", "doctor", "bench",
 )  # fmt: skip
 
 

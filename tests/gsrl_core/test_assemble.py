@@ -6,6 +6,7 @@ from gsrl_core import assemble
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.fr3 import LINKS, START_QPOS, fr3
 from gsrl_core.geometry.props import cube_mesh, plate_mesh
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.from_mesh import load_mesh
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics, sh_colors
@@ -126,7 +127,7 @@ def test_gsenv_robot_parts_are_moved_into_their_links(gsenv, tmp_path):
 
 
 def test_gsenv_objects_are_centred_and_rest_on_their_underside(gsenv):
-    bodies = assemble.gsenv_bodies(gsenv)
+    bodies = assemble.gsenv_bodies(gsenv, assemble.object_bodies(load_task()))
     cube, plate = bodies["cube"][0].means, bodies["plate"][0].means
     assert cube.mean(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     assert plate.mean(0)[:2].tolist() == pytest.approx([-0.005, -0.005], abs=1e-6)

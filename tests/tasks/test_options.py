@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import trimesh
 from prefect.states import Failed
 
 import gsrl_core
@@ -63,6 +64,40 @@ def test_a_key_follows_the_file_of_the_body(tmp_path, monkeypatch):
         options._file_version.cache_clear()
         keys.append(key(body=importlib.import_module("some_task").body))
     assert keys[0] == keys[2] != keys[1]
+
+
+def task_key(reference, options=None):
+    config = load("laptop", {"sim.task": reference, "sim.task_options": options or {}})
+    return key(config=config, sections=("sim",))
+
+
+def test_a_key_follows_the_task_its_options_its_file_and_the_files_it_names(tmp_path):
+    keys = {task_key("PutCubeOnPlate-v0"), task_key("StackCube-v0"), task_key("PickAndPlace-v0")}
+    keys.add(task_key("PickAndPlace-v0", {"goal": "plate"}))
+    own = tmp_path / "own.py"
+    for noun in ("mug", "jar"):
+        own.write_text(
+            "from gsrl_core.sim.tasks.pick_and_place import PickAndPlace\n"
+            f"class Own(PickAndPlace):\n    instruction = 'put the {noun} away'\n"
+        )
+        keys.add(task_key(f"{own}:Own"))
+    for size in (0.02, 0.03):
+        mesh = tmp_path / "box.ply"
+        trimesh.creation.box((size,) * 3).export(mesh)
+        keys.add(task_key("PickAndPlace-v0", {"mesh": str(mesh)}))
+    assert len(keys) == 8
+    assert task_key("StackCube-v0") in keys
+    # The file's name is the same, and so is the section: its bytes made the difference.
+    assert key() == key(config=load("laptop", {"sim.task": "StackCube-v0"}))
+
+
+def test_a_task_is_not_repeated_for_a_change_in_another_one():
+    reached = options._closure("gsrl_core.sim.tasks.stack_cube")
+    assert "gsrl_core.sim.tasks.stack_cube" in reached and "gsrl_core.sim.objects" in reached
+    for driver in ("gsrl_core.finetune", "gsrl_core.assemble", "gsrl_core.evaluate"):
+        closure = options._closure(driver)
+        assert "gsrl_core.sim.task" in closure
+        assert not [name for name in closure if name.startswith("gsrl_core.sim.tasks.")]
 
 
 def test_other_sections_do_not_matter():

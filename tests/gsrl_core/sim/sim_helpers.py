@@ -5,7 +5,8 @@ import torch
 from gsrl_core.geometry import props
 from gsrl_core.interfaces import Frames
 from gsrl_core.sections import CameraConfig, SimConfig
-from gsrl_core.sim import task
+from gsrl_core.sim.task import body_names
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.scene import Scene
@@ -13,7 +14,11 @@ from gsrl_core.splat.scene import Scene
 TINY_CAMERA = CameraConfig(width=32, height=24, fx=30.0, fy=30.0, cx=16.0, cy=12.0)
 
 
-def empty_scene(names=task.BODIES):
+PUT = load_task("PutCubeOnPlate-v0")
+BODIES = body_names(PUT)
+
+
+def empty_scene(names=BODIES):
     nothing = Gaussians(torch.zeros(0, 3), torch.zeros(0, 4), torch.zeros(0, 3), torch.zeros(0), torch.zeros(0, 1, 3))
     return Scene(nothing, torch.zeros(0, dtype=torch.int16), tuple(names), torch.eye(4).repeat(len(names), 1, 1))
 

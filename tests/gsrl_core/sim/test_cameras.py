@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from sim_helpers import TINY_CAMERA
+from sim_helpers import BODIES, TINY_CAMERA
 
 from gsrl_core.geometry.rotation import rotvec_to_matrix
-from gsrl_core.sim import task
 from gsrl_core.sim.cameras import CameraRig
 
 WRIST = TINY_CAMERA.model_copy(update={"name": "wrist", "link": "fr3_hand"})
@@ -13,9 +12,9 @@ WRIST = TINY_CAMERA.model_copy(update={"name": "wrist", "link": "fr3_hand"})
 
 def poses(count):
     generator = torch.Generator().manual_seed(1)
-    placed = torch.eye(4).repeat(count, len(task.BODIES), 1, 1)
-    placed[..., :3, :3] = rotvec_to_matrix(torch.randn(count, len(task.BODIES), 3, generator=generator))
-    placed[..., :3, 3] = torch.randn(count, len(task.BODIES), 3, generator=generator)
+    placed = torch.eye(4).repeat(count, len(BODIES), 1, 1)
+    placed[..., :3, :3] = rotvec_to_matrix(torch.randn(count, len(BODIES), 3, generator=generator))
+    placed[..., :3, 3] = torch.randn(count, len(BODIES), 3, generator=generator)
     return placed
 
 
@@ -43,7 +42,7 @@ def test_a_wrist_camera_keeps_its_place_on_the_hand():
     body_to_world = poses(1)
     rest = CameraRig((TINY_CAMERA,), 1).cameras(body_to_world, torch.eye(4)[None])["3rd_view_camera"].world_to_camera[0]
     seen = rig.cameras(body_to_world, torch.eye(4)[None])["wrist"].world_to_camera[0]
-    hand = body_to_world[0, task.BODIES.index("fr3_hand")]
+    hand = body_to_world[0, BODIES.index("fr3_hand")]
     assert torch.allclose(seen @ hand, rest, atol=1e-5)
 
 

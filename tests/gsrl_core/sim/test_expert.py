@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sim_helpers import PoseRasterizer, empty_scene, sim_config
+from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
 
 from gsrl_core.sim.expert import Expert
 from gsrl_core.sim.gs_env import make_env
@@ -8,13 +8,13 @@ from gsrl_core.sim.gs_env import make_env
 
 def play(sim, seeds, noise=0.0):
     """Success and length per seed; ``noise`` is the standard deviation of a disturbance of the translations (m)."""
-    expert, generator = Expert(), torch.Generator().manual_seed(0)
+    expert, generator = PUT.expert(), torch.Generator().manual_seed(0)
     success, length = [], []
     with make_env(sim, empty_scene(), PoseRasterizer()) as env:
         for first in range(0, len(seeds), env.num_envs):
             env.reset(seeds[first : first + env.num_envs])
             while True:
-                action = expert.act(env.privileged())
+                action = expert(env.privileged())
                 action[:, :3] += noise * torch.randn(env.num_envs, 3, generator=generator)
                 step = env.step_chunk(action[:, None])
                 if (step.terminated | step.truncated).all():
@@ -57,7 +57,7 @@ def state(cube, tcp=(0.45, 0.0, 0.3), plate=(0.45, 0.0, 0.02), finger=0.04):
 
 
 def test_phases_follow_from_the_state():
-    expert = Expert()
+    expert = Expert(PUT.plan())
     cube = (0.4, 0.2, 0.02)
     over = expert.act(state(cube, tcp=(0.4, 0.2, 0.12)))[0]
     assert over[2] < -0.02
@@ -84,7 +84,7 @@ def test_phases_follow_from_the_state():
 
 
 def test_actions_are_bounded_and_depend_on_nothing_but_the_state():
-    expert = Expert()
+    expert = Expert(PUT.plan())
     far = state((0.5, 0.25, 0.02), tcp=(0.2, -0.3, 0.5))
     action = expert.act(far)
     assert action[:, :3].norm() <= expert.max_step + 1e-6
@@ -99,5 +99,5 @@ def test_the_hand_turns_to_the_nearest_face_of_a_turned_cube():
     turned = state((0.4, 0.2, 0.02), tcp=(0.4, 0.2, 0.1))
     angle = torch.tensor(1.4)  # rad; 90 degrees less 0.17
     turned["cube_pose"][0, 3:] = torch.tensor([torch.cos(angle / 2), 0, 0, torch.sin(angle / 2)])
-    action = Expert(max_turn=1.0, gain=1.0).act(turned)[0]
+    action = Expert(PUT.plan(), max_turn=1.0, gain=1.0).act(turned)[0]
     torch.testing.assert_close(action[3:6], torch.tensor([0, 0, 1.4 - torch.pi / 2]), atol=1e-5, rtol=0)

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from sim_helpers import TINY_CAMERA, PoseRasterizer, empty_scene, sim_config
+from sim_helpers import BODIES, PUT, TINY_CAMERA, PoseRasterizer, empty_scene, sim_config
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.rotation import quat_to_matrix
 from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
-from gsrl_core.sim.expert import Expert
 from gsrl_core.sim.gs_env import make_env
 from gsrl_core.sim.perturb import Perturbation, perturbation
 
@@ -32,7 +31,7 @@ def test_observation_has_the_contracts_shapes(env):
     assert image.dtype == torch.uint8
     assert observation.state.shape == (2, 9)
     assert observation.state.dtype == torch.float32
-    np.testing.assert_allclose(observation.state[0], task.start_state(task.EpisodeSpec(1)).qpos, atol=1e-6)
+    np.testing.assert_allclose(observation.state[0], PUT.start(task.EpisodeSpec(1)).qpos, atol=1e-6)
     assert observation.instruction == ("pick up the cube and put it on the plate",) * 2
     assert (env.num_envs, env.action_dim, env.control_hz, env.max_episode_steps) == (2, 7, 10.0, 100)
 
@@ -55,18 +54,18 @@ def test_bodies_reach_the_rasterizer_in_the_scenes_order():
     with make_env(sim_config(num_envs=1), empty_scene(names), rasterizer) as env:
         env.reset([4])
         poses, _ = rasterizer.calls[-1]
-        expected = env.body_poses()[:, [task.BODIES.index(name) for name in names]]
+        expected = env.body_poses()[:, [BODIES.index(name) for name in names]]
         assert torch.equal(poses, expected)
     with pytest.raises(SimulationError, match="mug"):
         make_env(sim_config(), empty_scene(("mug",)), rasterizer)
 
 
 def test_success_ends_an_episode_inside_a_chunk_and_freezes_it(env):
-    expert = Expert()
+    expert = PUT.expert()
     env.reset([1, 2])
     total = torch.zeros(2)
     for _ in range(100):
-        action = expert.act(env.privileged())
+        action = expert(env.privileged())
         action[1] = torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
         step = env.step_chunk(action[:, None])
         total += step.reward
@@ -92,9 +91,9 @@ def test_success_ends_an_episode_inside_a_chunk_and_freezes_it(env):
 def test_a_chunk_that_contains_success_is_cut_there(env):
     """Replaying an expert episode in chunks of 7 ends at the same step with the same state."""
     env.reset([1, 2])
-    expert, actions = Expert(), []
+    expert, actions = PUT.expert(), []
     while True:
-        actions.append(expert.act(env.privileged()))
+        actions.append(expert(env.privileged()))
         step = env.step_chunk(actions[-1][:, None])
         if step.terminated.all():
             break
@@ -145,10 +144,10 @@ def test_same_seeds_and_actions_give_the_same_bits_in_any_batch():
 def test_privileged_state_agrees_with_the_bodies(env):
     env.reset([3, 4])
     state, bodies = env.privileged(), env.body_poses()
-    cube = bodies[:, task.BODIES.index("cube")]
+    cube = bodies[:, BODIES.index("cube")]
     assert torch.equal(state["cube_pose"][:, :3], cube[:, :3, 3])
     torch.testing.assert_close(quat_to_matrix(state["cube_pose"][:, 3:]), cube[:, :3, :3])
-    hand = bodies[:, task.BODIES.index("fr3_hand")]
+    hand = bodies[:, BODIES.index("fr3_hand")]
     # The TCP is 103.4 mm along the hand's z axis.
     torch.testing.assert_close(state["tcp_pose"][:, :3], hand[:, :3, 3] + 0.1034 * hand[:, :3, 2], atol=1e-5, rtol=0)
     assert {name: tuple(value.shape) for name, value in state.items()} == {
@@ -182,7 +181,7 @@ def test_cameras_at_their_own_sizes_fixed_and_on_the_hand():
         cameras = rasterizer.calls[-1][1]
         assert len(cameras["3rd_view_camera"]) == 1
         assert len(cameras["wrist"]) == 2
-        hand = env.body_poses()[:, task.BODIES.index("fr3_hand")]
+        hand = env.body_poses()[:, BODIES.index("fr3_hand")]
         # The camera looks along the hand's z axis from 50 mm along its x axis.
         torch.testing.assert_close(cameras["wrist"].centers, hand[:, :3, 3] + 0.05 * hand[:, :3, 0])
         torch.testing.assert_close(cameras["wrist"].world_to_camera[:, 2, :3], hand[:, :3, 2])
@@ -223,7 +222,7 @@ def test_camera_jitter_differs_per_environment_and_repeats_per_seed():
 
 def test_wording_reaches_the_observation():
     with make_env(sim_config(), empty_scene(), PoseRasterizer(), perturbation=perturbation("wording")) as env:
-        assert set(env.reset([1, 2]).instruction) <= set(perturbation("wording").instructions)
+        assert set(env.reset([1, 2]).instruction) <= set(PUT.rewordings)
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sim_helpers import PoseRasterizer, empty_scene, sim_config
+from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
 
-import gsrl_core.sim.gym_adapter  # noqa: F401 (registers)
+import gsrl_core.sim.gym_ids  # noqa: F401 (registers)
 from gsrl_core.errors import SimulationError
-from gsrl_core.sim.expert import Expert
 
 
 def make(num_envs=2, gs=None, **kwargs):
@@ -84,9 +83,9 @@ def test_seeds_and_reset_ids_fix_the_episode(env):
 
 def test_the_expert_scores_through_the_adapter(env):
     env.reset(seed=0)
-    base, expert, total = env.unwrapped, Expert(), torch.zeros(2)
+    base, expert, total = env.unwrapped, PUT.expert(), torch.zeros(2)
     for _ in range(100):
-        _, reward, terminated, truncated, info = env.step(expert.act(base._env.privileged()))
+        _, reward, terminated, truncated, info = env.step(expert(base._env.privileged()))
         total += reward
         if (terminated | truncated).all():
             break
@@ -114,7 +113,8 @@ def test_reward_mode_none_and_a_single_unbatched_action():
         ({"sim_backend": "cuda"}, "physx_cuda"),
         ({"control_mode": "pd_joint_vel"}, "pd_ee_target_delta_pose"),
         ({"gs": {"render_interface": "env+gs"}}, "'gs_rlinf', 'gs'"),
-        ({"gs": {"cache_table": False}}, "cache_table"),
+        ({"gs": {"cache_table": "yes"}}, "cache_table"),
+        ({"sim_config": {"sim_frq": 500}}, "allowed: sim_freq, control_freq"),
         ({"gs": {"back_ground_file": "x.jpg"}}, "back_ground_file"),
         ({"gs": {"rendr_bs": 4}}, "rendr_bs"),
         ({"gs": {"scene": None}}, "scene"),

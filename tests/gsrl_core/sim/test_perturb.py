@@ -1,10 +1,12 @@
 import pytest
 import torch
+from sim_helpers import PUT
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.sections import EvaluationConfig
 from gsrl_core.sim import task
 from gsrl_core.sim.perturb import PERTURBATIONS, Perturbation, perturbation
+from gsrl_core.sim.tasks.put_cube_on_plate import CUBE_CENTER
 
 
 def test_every_cell_of_the_sweep_exists():
@@ -44,15 +46,20 @@ def test_draws_stay_in_their_ranges_and_differ():
     assert 1.4 < friction.max() <= 1.5
     moved = torch.stack([perturbation("camera").draw(seed).camera_motion for seed in range(200)])
     assert moved[:, :3, 3].std() == pytest.approx(0.01, rel=0.15)
-    assert {perturbation("wording").draw(seed).instruction for seed in range(50)} == set(
-        perturbation("wording").instructions
-    )
+    worded = perturbation("wording").for_task(PUT.rewordings)
+    assert {worded.draw(seed).instruction for seed in range(50)} == set(PUT.rewordings)
+
+
+def test_only_the_wording_cell_rewords_and_only_where_the_task_has_other_words():
+    assert perturbation("pose").for_task(PUT.rewordings).draw(1).instruction is None
+    assert perturbation("wording").for_task(()).draw(1).instruction is None
 
 
 def test_a_disturbance_of_looks_leaves_the_objects_where_they_are():
-    nominal = task.start_state(perturbation("nominal").draw(5).spec)
-    lit = task.start_state(perturbation("lighting").draw(5).spec)
-    assert (nominal.cube == lit.cube).all()
-    wide = task.start_state(perturbation("pose").draw(5).spec)
+    nominal = PUT.start(perturbation("nominal").draw(5).spec)
+    lit = PUT.start(perturbation("lighting").draw(5).spec)
+    assert (nominal.objects["cube"] == lit.objects["cube"]).all()
+    wide = PUT.start(perturbation("pose").draw(5).spec)
     # The same draw, stretched about the centre.
-    assert (wide.cube - task.CUBE_CENTER) == pytest.approx(1.5 * (nominal.cube - task.CUBE_CENTER))
+    near, far = (start.objects["cube"][:3] - CUBE_CENTER for start in (nominal, wide))
+    assert far == pytest.approx(1.5 * near)

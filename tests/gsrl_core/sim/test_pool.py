@@ -193,7 +193,7 @@ def test_physics_that_diverges_costs_that_episode_only(quick, monkeypatch, caplo
 
 
 def test_a_worker_goes_on_after_an_environment_diverged(quick, monkeypatch):
-    states = layout.view(bytearray(layout.size_in_bytes(2, 5)), 2, 5)
+    states = layout.view(bytearray(layout.size_in_bytes(2, 5, 2)), 2, 5, 2)
     episodes = Episodes(quick, states)
     episodes.reset({0: task.EpisodeSpec(1), 1: task.EpisodeSpec(2)})
     with monkeypatch.context() as patch:

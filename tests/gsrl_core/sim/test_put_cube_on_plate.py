@@ -1,16 +1,15 @@
-"""The ManiSkill environment, and the lean stepper against it."""
+"""The ManiSkill environment with the seed's task, and the lean stepper against it."""
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from sim_helpers import PoseRasterizer, empty_scene, sim_config
+from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.sim import task
 from gsrl_core.sim.batch import BatchPhysics
 from gsrl_core.sim.cameras import CameraRig
-from gsrl_core.sim.expert import Expert
 from gsrl_core.sim.gs_env import GsVecEnv
 from gsrl_core.sim.perturb import Perturbation, perturbation
 from gsrl_core.sim.settings import WorldSettings
@@ -26,10 +25,10 @@ def one_thread():
 
 
 def make(control_mode="pd_ee_target_delta_pose", **sim):
-    import gsrl_core.sim.put_cube_on_plate  # noqa: F401 (registers)
+    import gsrl_core.sim.maniskill  # noqa: F401 (registers)
 
     return gymnasium.make(
-        task.TASK,
+        PUT.name,
         num_envs=1,
         obs_mode="state",
         control_mode=control_mode,
@@ -47,12 +46,12 @@ def maniskill_env(sim):
 def test_lean_stepper_reproduces_maniskill_over_expert_episodes(urdf, sim_hz):
     world = World(WorldSettings(urdf, sim_hz=sim_hz))
     env = maniskill_env(sim_config(num_envs=1, sim_hz=sim_hz, solver_iterations=25))
-    expert = Expert()
+    expert = PUT.expert()
     for seed in (0, 1):
         env.reset([seed])
         world.reset(task.EpisodeSpec(seed))
         for _ in range(100):
-            action = expert.act(env.privileged())
+            action = expert(env.privileged())
             step = env.step_chunk(action[:, None])
             world.step(action[0].numpy())
             tcp, cube = env.privileged()["tcp_pose"][0, :3], env.privileged()["cube_pose"][0, :3]
@@ -75,7 +74,7 @@ def test_the_other_control_modes_agree_too(urdf, mode):
     for _ in range(4):  # then the delta on the measured joints has sunk the hand to the table
         action = rng.uniform(-0.02, 0.02, 7 if "ee" in mode else 8)
         if mode == "pd_joint_pos":
-            action[:7] += task.start_state(task.EpisodeSpec(3)).qpos[:7]
+            action[:7] += PUT.start(task.EpisodeSpec(3)).qpos[:7]
         action[-1] = 1.0
         env.step(action.astype(np.float32)[None])
         world.step(action)
@@ -101,9 +100,9 @@ def test_same_seed_gives_the_same_bits_after_other_episodes_and_whatever_torch_w
     torch.manual_seed(1)
     torch.rand(3)
     assert torch.equal(states(5), first)
-    start = task.start_state(task.EpisodeSpec(5))
+    start = PUT.start(task.EpisodeSpec(5))
     env.reset(seed=5)
-    np.testing.assert_allclose(env.unwrapped.cube.pose.p[0], start.cube, atol=1e-6)
+    np.testing.assert_allclose(env.unwrapped.objects["cube"].pose.p[0], start.objects["cube"][:3], atol=1e-6)
     np.testing.assert_allclose(env.unwrapped.agent.robot.get_qpos()[0], start.qpos, atol=1e-6)
     env.close()
 

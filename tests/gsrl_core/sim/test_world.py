@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sim_helpers import BODIES, PUT
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry import props
@@ -60,11 +61,11 @@ def test_same_seed_same_bits_whatever_was_played_before(quick):
 def test_bodies_start_where_the_seed_says(quick):
     world = World(quick)
     world.reset(task.EpisodeSpec(3))
-    start = task.start_state(task.EpisodeSpec(3))
+    start = PUT.start(task.EpisodeSpec(3))
     poses = world.body_poses()
     np.testing.assert_allclose(world.qpos(), start.qpos, atol=1e-6)
-    np.testing.assert_allclose(poses[task.BODIES.index("cube"), :3, 3], start.cube, atol=1e-7)
-    np.testing.assert_allclose(poses[task.BODIES.index("plate"), :3, 3], start.plate, atol=1e-7)
+    np.testing.assert_allclose(poses[BODIES.index("cube"), :3, 3], start.objects["cube"][:3], atol=1e-7)
+    np.testing.assert_allclose(poses[BODIES.index("plate"), :3, 3], start.objects["plate"][:3], atol=1e-7)
     np.testing.assert_allclose(poses[0], np.eye(4), atol=1e-6)
 
 
@@ -102,7 +103,7 @@ def test_a_falling_cube_is_not_success_until_it_rests(world):
 def test_a_moving_cube_is_not_success(world):
     world.place("cube", above_plate(0.0, 0, 0.0062))
     settle(world)
-    world._bodies.cube.set_linear_velocity([0.8, 0.0, 0.0])
+    world._bodies.objects["cube"].set_linear_velocity([0.8, 0.0, 0.0])
     world.step(HOLD)
     verdict = world.verdict()
     assert not verdict.still
@@ -198,7 +199,7 @@ def test_friction_perturbation_reaches_the_shapes(quick):
     world.reset(task.EpisodeSpec(0, friction_scale=0.5))
     finger = next(link for link in world._bodies.robot.get_links() if link.name == "fr3_leftfinger")
     assert {shape.physical_material.dynamic_friction for shape in finger.collision_shapes} == {1.0}
-    assert world._bodies.cube.collision_shapes[0].physical_material.static_friction == 0.5
+    assert world._bodies.objects["cube"].collision_shapes[0].physical_material.static_friction == 0.5
     world.reset(task.EpisodeSpec(0))
     finger = next(link for link in world._bodies.robot.get_links() if link.name == "fr3_leftfinger")
     assert {shape.physical_material.dynamic_friction for shape in finger.collision_shapes} == {2.0}

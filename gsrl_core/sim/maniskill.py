@@ -1,4 +1,4 @@
-"""The ManiSkill side: agent ``my_franka`` and environment ``PutCubeOnPlate-v0``. Importing this module registers both.
+"""The ManiSkill side: agent ``my_franka`` and an environment for each task. Importing this module registers them.
 
 Nothing has a visual shape, so ``render_backend="none"`` needs no Vulkan; pictures come from splats (gs_env.py).
 """
@@ -25,9 +25,10 @@ from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, 
 from sapien import physx
 from torch import Tensor
 
-from gsrl_core.geometry import props
-from gsrl_core.sim import fr3, task
-from gsrl_core.sim.world import TABLE_QUAT, object_inertia, plate_shapes, prepare_shape
+from gsrl_core.sim import bodies, fr3, task
+from gsrl_core.sim.objects import ROBOT, TABLE, TaskObject
+from gsrl_core.sim.states import PARTS
+from gsrl_core.sim.tasks import NAMES, load_task
 
 
 @register_agent(override=True)
@@ -92,26 +93,26 @@ class MyFranka(BaseAgent):
         self.tcp = self.robot.links_map[fr3.TCP_LINK]
 
 
-class _PlateBuilder(ActorBuilder):
-    """ManiSkill's builder reads convex shapes from files only; the plate's are made of vertices."""
+class _ObjectBuilder(ActorBuilder):
+    """ManiSkill's builder reads convex shapes from files only; ours are made of vertices."""
+
+    thing: TaskObject
 
     def build_physx_component(self, link_parent: physx.PhysxArticulationLinkComponent | None = None) -> Any:
         component = super().build_physx_component(link_parent)
-        material = physx.PhysxMaterial(task.OBJECT_FRICTION, task.OBJECT_FRICTION, 0.0)
-        parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
-        for shape in plate_shapes(parts, material):
+        for shape in bodies.shapes_of(self.thing):
             component.attach(shape)
-        component.mass, component.cmass_local_pose, component.inertia = object_inertia("plate")
+        bodies.set_mass(component, self.thing)
         return component
 
 
-@register_env(task.TASK, max_episode_steps=task.MAX_EPISODE_STEPS, override=True)
-class PutCubeOnPlate(BaseEnv):
-    """Put the cube on the plate: strict ``success`` (on the plate, released, at rest) beside the seed's looser test.
+class TaskEnv(BaseEnv):
+    """One task: strict ``success`` beside the looser ``success_seed``. Subclasses are made by :func:`env_class`.
 
     The start depends on the episode seed alone; unseeded resets draw one from ManiSkill's main generator.
     """
 
+    task: task.Task
     SUPPORTED_ROBOTS: ClassVar = [fr3.ROBOT_UID]
     SUPPORTED_REWARD_MODES = ("sparse", "none")
 
@@ -153,76 +154,73 @@ class PutCubeOnPlate(BaseEnv):
 
     def _load_scene(self, options: dict) -> None:
         table = self.scene.create_actor_builder()
-        table.add_plane_collision(sapien.Pose(q=TABLE_QUAT))
+        table.add_plane_collision(sapien.Pose(q=bodies.TABLE_QUAT))
         table.set_initial_pose(sapien.Pose())
-        self.table = table.build_static("table")
-        cube = self.scene.create_actor_builder()
-        material = physx.PhysxMaterial(task.OBJECT_FRICTION, task.OBJECT_FRICTION, 0.0)
-        cube.add_box_collision(half_size=[props.CUBE_HALF] * 3, material=material)
-        cube.set_mass_and_inertia(*object_inertia("cube"))
-        self.cube = self._add_object(cube, "cube", task.CUBE_CENTER)
-        self.plate = self._add_object(_PlateBuilder().set_scene(self.scene), "plate", task.PLATE_CENTER)
+        self.table = table.build_static(TABLE)
+        start = self.task.start(task.EpisodeSpec(0)).objects
+        self.objects = {thing.name: self._add_object(thing, start[thing.name]) for thing in self.task.bodies}
 
-    def _add_object(self, builder: ActorBuilder, name: str, position: tuple[float, ...]) -> Actor:
-        builder.set_initial_pose(sapien.Pose(position))
-        actor = builder.build(name)
-        for body in actor._bodies:
-            for shape in body.collision_shapes:
-                prepare_shape(shape)
-        return actor
+    def _add_object(self, thing: TaskObject, placed: np.ndarray) -> Actor:
+        builder = _ObjectBuilder().set_scene(self.scene)
+        builder.thing = thing
+        builder.set_initial_pose(sapien.Pose(placed[:3], placed[3:]))
+        return builder.build_kinematic(thing.name) if thing.fixed else builder.build(thing.name)
 
     def _load_lighting(self, options: dict) -> None:
         """Nothing is drawn here."""
 
     def _initialize_episode(self, env_idx: Tensor, options: dict) -> None:
         seeds = np.asarray(self._episode_seed).reshape(-1)[env_idx.cpu().numpy()]
-        starts = [task.start_state(task.EpisodeSpec(int(seed))) for seed in seeds]
+        starts = [self.task.start(task.EpisodeSpec(int(seed))) for seed in seeds]
 
-        def stacked(field: str) -> Tensor:
-            values = np.stack([getattr(start, field) for start in starts])
-            return torch.as_tensor(values, dtype=torch.float32, device=self.device)
+        def stacked(rows: list[np.ndarray]) -> Tensor:
+            return torch.as_tensor(np.stack(rows), dtype=torch.float32, device=self.device)
 
         self.agent.robot.set_pose(sapien.Pose())
-        self.agent.reset(stacked("qpos"))
-        self.cube.set_pose(Pose.create_from_pq(stacked("cube")))
-        self.plate.set_pose(Pose.create_from_pq(stacked("plate")))
+        self.agent.reset(stacked([start.qpos for start in starts]))
+        for name, actor in self.objects.items():
+            placed = stacked([start.objects[name] for start in starts])
+            actor.set_pose(Pose.create_from_pq(placed[:, :3], placed[:, 3:]))
         self._before_control_step()
 
     def _before_control_step(self) -> None:
-        self._cubes_before = self.cube.pose.to_transformation_matrix().cpu().numpy()
+        self._before = self._object_poses()
+
+    def _object_poses(self) -> dict[str, np.ndarray]:
+        return {name: actor.pose.to_transformation_matrix().cpu().numpy() for name, actor in self.objects.items()}
 
     def evaluate(self) -> dict[str, Tensor]:
         """Strict ``success``, ``success_seed`` and the parts of strict success, bool [num_envs] each."""
-        plate_force, other_force = self._cube_forces()
-        plates, cubes = (body.pose.to_transformation_matrix().cpu().numpy() for body in (self.plate, self.cube))
-        verdicts = []
-        for i in range(self.num_envs):
-            speed, spin = task.mean_speeds(self._cubes_before[i], cubes[i], self.control_timestep)
-            state = task.ObjectState(
-                cube_position=cubes[i, :3, 3],
-                plate_position=plates[i, :3, 3],
-                plate_up=plates[i, :3, 2],
-                cube_speed=speed,
-                cube_spin=spin,
-                cube_on_plate=bool(plate_force[i]),
-                cube_elsewhere=bool(other_force[i]),
-            )
-            verdicts.append(task.judge(state))
-        names = ("success", "success_seed", "inside", "resting", "released", "still")
+        poses, pressed = self._object_poses(), self._presses(self.task.moved)
+
+        def judged(env: int) -> task.Verdict:
+            def speeds(name: str) -> tuple[float, float]:
+                return task.mean_speeds(self._before[name][env], poses[name][env], self.control_timestep)
+
+            def pressing(name: str) -> frozenset[str]:
+                forces = pressed if name == self.task.moved else self._presses(name)
+                return frozenset(other for other, presses in forces.items() if presses[env])
+
+            now = {name: pose[env] for name, pose in poses.items()}
+            return self.task.judge(task.ObjectsNow(now, speeds, pressing))
+
+        verdicts = [judged(env) for env in range(self.num_envs)]
         return {
             name: torch.tensor([getattr(v, name) for v in verdicts], dtype=torch.bool, device=self.device)
-            for name in names
+            for name in ("success", "success_seed", *PARTS)
         }
 
-    def _cube_forces(self) -> tuple[Tensor, Tensor]:
-        """Whether the plate, and whether the robot or the table, presses on the cube: bool [num_envs] each."""
+    def _presses(self, name: str) -> dict[str, Tensor]:
+        """What presses on an object: name of another object, ``table`` or ``robot`` -> bool [num_envs]."""
 
         def presses(other: Any) -> Tensor:
-            return torch.linalg.norm(self.scene.get_pairwise_contact_forces(self.cube, other), dim=-1) > 0
+            forces = self.scene.get_pairwise_contact_forces(self.objects[name], other)
+            return (torch.linalg.norm(forces, dim=-1) > 0).cpu()
 
-        links = [self.agent.robot.links_map[name] for name in (*fr3.LINKS[-3:], fr3.LINKS[7])]
-        elsewhere = torch.stack([presses(other) for other in (*links, self.table)]).any(dim=0)
-        return presses(self.plate), elsewhere
+        links = [self.agent.robot.links_map[link] for link in (*fr3.LINKS[-3:], fr3.LINKS[7])]
+        robot = torch.stack([presses(link) for link in links]).any(dim=0)
+        others = {other: presses(actor) for other, actor in self.objects.items() if other != name}
+        return {**others, TABLE: presses(self.table), ROBOT: robot}
 
     def compute_sparse_reward(self, obs: Any, action: Tensor, info: dict) -> Tensor:
         """+1 while strictly successful."""
@@ -230,4 +228,13 @@ class PutCubeOnPlate(BaseEnv):
 
     def get_language_instruction(self) -> list[str]:
         """One sentence per environment."""
-        return [task.INSTRUCTION] * self.num_envs
+        return [self.task.instruction] * self.num_envs
+
+
+def env_class(made: task.Task) -> type[TaskEnv]:
+    """The environment class of a task."""
+    return type(made.name.partition("-")[0], (TaskEnv,), {"task": made})
+
+
+for _name in NAMES:
+    register_env(_name, max_episode_steps=task.MAX_EPISODE_STEPS, override=True)(env_class(load_task(_name)))
