@@ -25,9 +25,8 @@ from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, 
 from sapien import physx
 from torch import Tensor
 
-from gsrl_core.geometry import props
 from gsrl_core.sim import fr3, task
-from gsrl_core.sim.world import TABLE_QUAT, object_inertia, plate_shapes, prepare_shape
+from gsrl_core.sim.bodies import TABLE_QUAT, furnish, prepare_finger, prepare_table
 
 
 @register_agent(override=True)
@@ -90,18 +89,17 @@ class MyFranka(BaseAgent):
 
     def _after_init(self) -> None:
         self.tcp = self.robot.links_map[fr3.TCP_LINK]
+        for name in fr3.FINGER_LINKS:
+            for link in self.robot.links_map[name]._objs:
+                prepare_finger(link)
 
 
-class _PlateBuilder(ActorBuilder):
-    """ManiSkill's builder reads convex shapes from files only; the plate's are made of vertices."""
+class _ObjectBuilder(ActorBuilder):
+    """Cube or plate, by name. ManiSkill's builder reads convex shapes from files, but the plate's are vertices."""
 
     def build_physx_component(self, link_parent: physx.PhysxArticulationLinkComponent | None = None) -> Any:
         component = super().build_physx_component(link_parent)
-        material = physx.PhysxMaterial(task.OBJECT_FRICTION, task.OBJECT_FRICTION, 0.0)
-        parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
-        for shape in plate_shapes(parts, material):
-            component.attach(shape)
-        component.mass, component.cmass_local_pose, component.inertia = object_inertia("plate")
+        furnish(component, self.name, task.OBJECT_FRICTION)
         return component
 
 
@@ -156,20 +154,16 @@ class PutCubeOnPlate(BaseEnv):
         table.add_plane_collision(sapien.Pose(q=TABLE_QUAT))
         table.set_initial_pose(sapien.Pose())
         self.table = table.build_static("table")
-        cube = self.scene.create_actor_builder()
-        material = physx.PhysxMaterial(task.OBJECT_FRICTION, task.OBJECT_FRICTION, 0.0)
-        cube.add_box_collision(half_size=[props.CUBE_HALF] * 3, material=material)
-        cube.set_mass_and_inertia(*object_inertia("cube"))
-        self.cube = self._add_object(cube, "cube", task.CUBE_CENTER)
-        self.plate = self._add_object(_PlateBuilder().set_scene(self.scene), "plate", task.PLATE_CENTER)
-
-    def _add_object(self, builder: ActorBuilder, name: str, position: tuple[float, ...]) -> Actor:
-        builder.set_initial_pose(sapien.Pose(position))
-        actor = builder.build(name)
-        for body in actor._bodies:
+        for body in self.table._bodies:
             for shape in body.collision_shapes:
-                prepare_shape(shape)
-        return actor
+                prepare_table(shape)
+        self.cube = self._add_object("cube", task.CUBE_CENTER)
+        self.plate = self._add_object("plate", task.PLATE_CENTER)
+
+    def _add_object(self, name: str, position: tuple[float, ...]) -> Actor:
+        builder = _ObjectBuilder().set_scene(self.scene)
+        builder.set_initial_pose(sapien.Pose(position))
+        return builder.build(name)
 
     def _load_lighting(self, options: dict) -> None:
         """Nothing is drawn here."""

@@ -13,14 +13,11 @@ import sapien
 from sapien import physx
 
 from gsrl_core.errors import SimulationError
-from gsrl_core.geometry import props
 from gsrl_core.sim import fr3, task
+from gsrl_core.sim.bodies import object_entity, prepare_finger, table_entity
 from gsrl_core.sim.kinematics import ArmKinematics
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
-
-TABLE_QUAT = (np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0)
-"""Turns PhysX's plane, whose normal is x, to face up."""
 
 
 class DivergedError(SimulationError):
@@ -50,7 +47,6 @@ class World:
         configure_physx(settings.solver_iterations)
         self._robot_builder = robot_builder(settings.urdf)
         self._kinematics = ArmKinematics(settings.urdf)
-        self._plate_parts = [np.asarray(v, dtype=np.float32) for v, _ in props.plate_convex_parts(task.PLATE_SEGMENTS)]
         self._bodies: _Bodies | None = None
         self._target = np.eye(4)
         self._cube_before = np.eye(4)
@@ -207,11 +203,10 @@ class World:
         links = {link.name: link for link in robot.get_links()}
         for name in fr3.FINGER_LINKS:
             _make_grippy(links[name], fr3.FINGER_FRICTION * spec.friction_scale)
-        scene.add_entity(_table())
+            prepare_finger(links[name])
+        scene.add_entity(table_entity())
         friction = task.OBJECT_FRICTION * spec.friction_scale
-        material = physx.PhysxMaterial(friction, friction, 0.0)
-        cube = _dynamic("cube", [physx.PhysxCollisionShapeBox([props.CUBE_HALF] * 3, material)])
-        plate = _dynamic("plate", plate_shapes(self._plate_parts, material))
+        cube, plate = object_entity("cube", friction), object_entity("plate", friction)
         for entity, position in ((cube, start.cube), (plate, start.plate)):
             entity.pose = sapien.Pose(position)
             scene.add_entity(entity)
@@ -241,26 +236,6 @@ def configure_physx(solver_iterations: int) -> None:
     physx.set_default_material(task.TABLE_FRICTION, task.TABLE_FRICTION, 0.0)
 
 
-def plate_shapes(parts: list[np.ndarray], material: physx.PhysxMaterial) -> list[physx.PhysxCollisionShapeConvexMesh]:
-    """The plate's convex pieces from their vertices [V, 3] (m)."""
-    return [physx.PhysxCollisionShapeConvexMesh(vertices=part, scale=[1, 1, 1], material=material) for part in parts]
-
-
-def object_inertia(name: str) -> tuple[float, sapien.Pose, np.ndarray]:
-    """Mass (kg), centre of mass in the body frame and principal moments [3] (kg m^2) of the cube or the plate."""
-    mass = task.OBJECT_MASS
-    if name == "cube":
-        return mass, sapien.Pose(), np.full(3, mass * (2 * props.CUBE_HALF) ** 2 / 6)
-    disc = mass * props.PLATE_RADIUS**2
-    return mass, sapien.Pose([0, 0, task.PLATE_MASS_HEIGHT - props.PLATE_ORIGIN_HEIGHT]), disc / np.array([4, 4, 2])
-
-
-def prepare_shape(shape: physx.PhysxCollisionShape) -> None:
-    """Contact settings of the cube's and plate's shapes."""
-    shape.contact_offset = task.OBJECT_CONTACT_OFFSET
-    shape.patch_radius = shape.min_patch_radius = task.OBJECT_PATCH_RADIUS
-
-
 def euler_xyz(angles: np.ndarray) -> np.ndarray:
     """Rx(a) Ry(b) Rz(c), [3, 3], of angles [3] (rad): ManiSkill's "XYZ" convention."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(angles), np.sin(angles)
@@ -271,31 +246,6 @@ def euler_xyz(angles: np.ndarray) -> np.ndarray:
             [sa * sc - ca * sb * cc, sa * cc + ca * sb * sc, ca * cb],
         ]
     )
-
-
-def _dynamic(name: str, shapes: list[physx.PhysxCollisionShape]) -> sapien.Entity:
-    component = physx.PhysxRigidDynamicComponent()
-    for shape in shapes:
-        prepare_shape(shape)
-        component.attach(shape)
-    component.mass, component.cmass_local_pose, component.inertia = object_inertia(name)
-    component.name = name
-    entity = sapien.Entity()
-    entity.name = name
-    entity.add_component(component)
-    return entity
-
-
-def _table() -> sapien.Entity:
-    component = physx.PhysxRigidStaticComponent()
-    shape = physx.PhysxCollisionShapePlane(material=physx.get_default_material())
-    shape.local_pose = sapien.Pose(q=TABLE_QUAT)
-    component.attach(shape)
-    component.name = "table"
-    entity = sapien.Entity()
-    entity.name = "table"
-    entity.add_component(component)
-    return entity
 
 
 def _make_grippy(link: physx.PhysxArticulationLinkComponent, friction: float) -> None:

@@ -1,6 +1,7 @@
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pinocchio
 import pytest
 import sapien
 import torch
@@ -9,7 +10,7 @@ from sapien.wrapper.urdf_loader import URDFLoader
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry import fr3 as geometry_fr3
-from gsrl_core.sim import fr3
+from gsrl_core.sim import fr3, kinematics
 from gsrl_core.sim.kinematics import ArmKinematics
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
@@ -120,6 +121,26 @@ def test_inverse_kinematics_reaches_targets_and_agrees_with_maniskills_setting(u
         )
         assert success
         assert np.abs(solution - theirs[:7]).max() < 0.03
+
+
+def test_too_far_is_what_no_joints_reach_and_no_iteration_finds(urdf):
+    arm, rng = ArmKinematics(urdf), np.random.default_rng(0)
+
+    def goal(pose):
+        return pinocchio.SE3(pose) * arm._tcp_from_joint
+
+    for _ in range(500):
+        assert not arm._is_too_far(goal(arm.tcp([*rng.uniform(-3, 3, 7), 0, 0])))
+    start, far = np.array(fr3.START_QPOS), 0
+    for _ in range(60):
+        pose = arm.tcp(start)
+        pose[:3, 3] += rng.normal(0, 0.25, 3)
+        pose[:3, :3] = euler_xyz(rng.uniform(-0.5, 0.5, 3)) @ pose[:3, :3]
+        if arm._is_too_far(goal(pose)):
+            far += 1
+            assert arm._iterate(goal(pose), start, kinematics._FAST) is None
+            assert arm._iterate(goal(pose), start, kinematics._MANISKILL) is None
+    assert far > 10
 
 
 def test_an_unreachable_target_has_no_solution(urdf):
