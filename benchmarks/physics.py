@@ -35,6 +35,7 @@ def measure(settings: WorldSettings, num_envs: int, workers: int, chunk: int, se
 
 
 def main() -> None:
+    """Print one line for each size that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1x1", "64x0", "64x64", "256x0"])
     parser.add_argument("--sim-hz", type=int, default=task.SIM_HZ)
