@@ -16,6 +16,7 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim.bodies import object_entity, prepare_finger, table_entity
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.merging import Frame, merge_fixed_links
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
 
@@ -32,8 +33,8 @@ class _Bodies:
     scene: sapien.Scene
     robot: physx.PhysxArticulation
     joints: list[physx.PhysxArticulationJoint]
-    visible: list[physx.PhysxRigidBaseComponent]
-    tcp: physx.PhysxArticulationLinkComponent
+    visible: list[Frame | physx.PhysxRigidDynamicComponent]
+    tcp: Frame
     cube: physx.PhysxRigidDynamicComponent
     plate: physx.PhysxRigidDynamicComponent
 
@@ -45,7 +46,7 @@ class World:
         self.settings = settings
         self._substeps = settings.sim_hz // settings.control_hz
         configure_physx(settings.solver_iterations)
-        self._robot_builder = robot_builder(settings.urdf)
+        self._robot = merge_fixed_links(robot_builder(settings.urdf))
         self._kinematics = ArmKinematics(settings.urdf)
         self._bodies: _Bodies | None = None
         self._target = np.eye(4)
@@ -194,8 +195,7 @@ class World:
         system = physx.PhysxCpuSystem()
         system.timestep = 1.0 / self.settings.sim_hz
         scene = sapien.Scene([system])
-        self._robot_builder.set_scene(scene)
-        robot = self._robot_builder.build(fix_root_link=True)
+        robot = self._robot.builder.set_scene(scene).build(fix_root_link=True)
         joints = robot.get_active_joints()
         for joint in joints:
             joint.set_drive_properties(fr3.STIFFNESS, fr3.DAMPING, force_limit=fr3.FORCE_LIMIT, mode="force")
@@ -211,8 +211,9 @@ class World:
             entity.pose = sapien.Pose(position)
             scene.add_entity(entity)
         objects = [entity.find_component_by_type(physx.PhysxRigidDynamicComponent) for entity in (cube, plate)]
-        visible = [links[name] for name in fr3.LINKS] + objects
-        return _Bodies(system, scene, robot, joints, visible, links[fr3.TCP_LINK], *objects)
+        frames = self._robot.located(robot)
+        visible = [*(frames[name] for name in fr3.LINKS), *objects]
+        return _Bodies(system, scene, robot, joints, visible, frames[fr3.TCP_LINK], *objects)
 
 
 def configure_physx(solver_iterations: int) -> None:

@@ -12,6 +12,7 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.geometry import fr3 as geometry_fr3
 from gsrl_core.sim import fr3, kinematics
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.merging import merge_fixed_links
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
 from gsrl_core.sim.world import euler_xyz
@@ -93,6 +94,27 @@ def test_the_reader_agrees_with_sapiens_loader(urdf):
             np.testing.assert_allclose(
                 a.local_pose.to_transformation_matrix(), b.local_pose.to_transformation_matrix(), atol=1e-6
             )
+
+
+def test_merged_links_are_where_they_were_and_weigh_what_they_weighed(urdf):
+    merged = merge_fixed_links(robot_builder(urdf))
+    _a, whole = build(robot_builder(urdf))
+    _b, robot = build(merged.builder)
+    assert len(robot.get_links()) == len(whole.get_links()) - 2
+    for articulation in (whole, robot):
+        articulation.set_qpos(BENT)
+    frames = merged.located(robot)
+    for link in whole.get_links():
+        there = frames[link.name].entity_pose.to_transformation_matrix()
+        np.testing.assert_allclose(there, link.entity_pose.to_transformation_matrix(), atol=2e-6)
+    # Gravity's torques tell masses and their centres, velocities after a push also the moments of inertia.
+    for articulation in (whole, robot):
+        articulation.set_qvel(np.linspace(-1, 1, 9))
+    forces = [articulation.compute_passive_force() for articulation in (whole, robot)]
+    np.testing.assert_allclose(forces[1], forces[0], atol=1e-3)
+    assert sum(len(link.collision_shapes) for link in robot.get_links()) == sum(
+        len(link.collision_shapes) for link in whole.get_links()
+    )
 
 
 def test_names_and_posture_are_those_of_the_splat_scene():
