@@ -98,32 +98,22 @@ def render(config: PipelineConfig) -> dict[str, Any]:
 
 
 def physics(config: PipelineConfig) -> dict[str, Any]:
-    """Environment steps (control steps) per second of the physics alone."""
-    import numpy as np
-
+    """Environment steps (control steps) per second of the physics alone, in random and in expert-like motion."""
     from gsrl_core.sim.gs_env import make_physics
-    from gsrl_core.sim.task import EpisodeSpec
+    from gsrl_core.sim.pool import worker_count
+    from gsrl_core.sim.throughput import motions
 
-    count, horizon = config.sim.num_envs, config.policy.action_chunk
-    simulation = make_physics(config.sim, count)
+    sim, chunk = config.sim, config.policy.action_chunk
+    workers = worker_count(sim.workers, sim.num_envs)
+    figures: dict[str, Any] = {"environments": sim.num_envs, "workers": workers, "chunk": chunk}
+    figures |= {name: getattr(sim, name) for name in ("sim_hz", "control_hz", "solver_iterations")}
+    simulation = make_physics(sim, sim.num_envs)
     try:
-        simulation.reset([EpisodeSpec(seed) for seed in range(count)])
-        actions = np.zeros((count, horizon, 7), np.float32)
-        active = np.ones(count, bool)
-        start, steps = time.perf_counter(), 0
-        # One episode at most, because what is done stays frozen.
-        while steps < config.sim.max_episode_steps and time.perf_counter() - start < _SECONDS:
-            simulation.step(actions, active)
-            steps += horizon
-        seconds = time.perf_counter() - start
+        for name, mean, best in motions(simulation, _task(config), chunk, sim.max_episode_steps, _SECONDS):
+            figures |= {f"env_steps_per_s_{name}": mean, f"env_steps_per_s_{name}_best": best}
     finally:
         simulation.close()
-    return {
-        "environments": count,
-        "sim_hz": config.sim.sim_hz,
-        "control_hz": config.sim.control_hz,
-        "env_steps_per_s": count * steps / seconds,
-    }
+    return figures
 
 
 def policy(config: PipelineConfig) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.camera import Camera
-from gsrl_core.geometry.rotation import matrix_to_quat
 from gsrl_core.interfaces import Observation, Rasterizer, Step
 from gsrl_core.sections import RealismConfig, SimConfig
 from gsrl_core.sim import fr3
 from gsrl_core.sim.cameras import CameraRig
 from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
+from gsrl_core.sim.privileged import privileged
 from gsrl_core.sim.realism import Realism
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.states import PARTS
@@ -170,23 +170,8 @@ class GsVecEnv:
 
     # ------------------------------------------------------------------ beyond VecEnv
     def privileged(self) -> dict[str, Tensor]:
-        """The true state, for experts and metrics: float32 on the CPU.
-
-        ``tcp_pose`` and each object's ``<name>_pose`` [B, 7] (m, quaternion wxyz), ``qpos`` and ``qvel`` [B, 9], each
-        object's ``<name>_velocity`` [B, 6] (m/s, rad/s).
-        """
-        states = self._physics.states
-        bodies = torch.from_numpy(states.body_to_world.copy())
-        velocities = torch.from_numpy(states.velocities.copy())
-        poses = {f"{name}_pose": _pose(bodies[:, self.bodies.index(name)]) for name in self._objects}
-        speeds = {f"{name}_velocity": velocities[:, i] for i, name in enumerate(self._objects)}
-        return {
-            **poses,
-            "tcp_pose": _pose(torch.from_numpy(states.tcp_to_world.copy())),
-            "qpos": torch.from_numpy(states.qpos.copy()),
-            "qvel": torch.from_numpy(states.qvel.copy()),
-            **speeds,
-        }
+        """The true state, for experts and metrics; see :func:`gsrl_core.sim.privileged.privileged`."""
+        return privileged(self._physics.states, self._objects)
 
     def body_poses(self) -> Tensor:
         """Poses of ``bodies`` in the world, float32 [B, M, 4, 4] on the CPU."""
@@ -276,10 +261,6 @@ class GsVecEnv:
         running = torch.from_numpy(~self._done()).to(actions.device)
         if not torch.isfinite(actions[running]).all():
             raise SimulationError("actions hold numbers that are not finite; the policy diverged")
-
-
-def _pose(transform: Tensor) -> Tensor:
-    return torch.cat([transform[:, :3, 3], matrix_to_quat(transform[:, :3, :3])], dim=1)
 
 
 def _tinted(rgb: Tensor, gain: Tensor) -> Tensor:

@@ -91,6 +91,9 @@ class MyFranka(BaseAgent):
 
     def _after_init(self) -> None:
         self.tcp = self.robot.links_map[fr3.TCP_LINK]
+        for name in fr3.FINGER_LINKS:
+            for link in self.robot.links_map[name]._objs:
+                bodies.prepare_finger(link)
 
 
 class _ObjectBuilder(ActorBuilder):
@@ -157,6 +160,9 @@ class TaskEnv(BaseEnv):
         table.add_plane_collision(sapien.Pose(q=bodies.TABLE_QUAT))
         table.set_initial_pose(sapien.Pose())
         self.table = table.build_static(TABLE)
+        for body in self.table._bodies:
+            for shape in body.collision_shapes:
+                bodies.prepare_table(shape)
         start = self.task.start(task.EpisodeSpec(0)).objects
         self.objects = {thing.name: self._add_object(thing, start[thing.name]) for thing in self.task.bodies}
 

@@ -30,6 +30,11 @@ MAX_RESTARTS = 3
 """How often in a row a worker may be started again without having executed one chunk in between."""
 
 
+WORKERS_PER_CORE = 2
+"""A command ends with its slowest worker. Two on a core, each with half the environments, leave less of it idle: some
+environments take four times as long as others (fingers on the plate), and the kernel moves workers to free cores."""
+
+
 class Physics(Protocol):
     """What steps B environments; implemented by :class:`Pool` and by the ManiSkill batch backend."""
 
@@ -62,12 +67,12 @@ class Pool:
             settings: how every environment is stepped.
             num_envs: B.
             horizon: longest action chunk.
-            workers: processes; 0 takes one per core that this process may use. Never more than ``num_envs``.
+            workers: processes; 0 takes :data:`WORKERS_PER_CORE`. Never more than ``num_envs``.
 
         Raises:
             WorkerError: a process could not be started.
         """
-        count = min(workers or len(os.sched_getaffinity(0)), num_envs)
+        count = worker_count(workers, num_envs)
         self._settings, self._num_envs, self._horizon = settings, num_envs, horizon
         self._workers: list[WorkerProcess] = []
         self._memory_fd = -1
@@ -227,3 +232,8 @@ class Pool:
 
     def __del__(self) -> None:
         self.close()
+
+
+def worker_count(workers: int, num_envs: int) -> int:
+    """Number of processes that :class:`Pool` starts for these arguments."""
+    return min(workers or WORKERS_PER_CORE * len(os.sched_getaffinity(0)), num_envs)

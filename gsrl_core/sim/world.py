@@ -15,6 +15,7 @@ from sapien import physx
 from gsrl_core.errors import SimulationError
 from gsrl_core.sim import bodies, fr3, task
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.merging import Frame, merge_fixed_links
 from gsrl_core.sim.objects import ROBOT, TABLE
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
@@ -32,8 +33,8 @@ class _Bodies:
     scene: sapien.Scene
     robot: physx.PhysxArticulation
     joints: list[physx.PhysxArticulationJoint]
-    visible: list[physx.PhysxRigidBaseComponent]
-    tcp: physx.PhysxArticulationLinkComponent
+    visible: list[Frame | physx.PhysxRigidDynamicComponent]
+    tcp: Frame
     table: physx.PhysxRigidStaticComponent
     objects: dict[str, physx.PhysxRigidDynamicComponent]
 
@@ -45,7 +46,7 @@ class World:
         self.settings = settings
         self._substeps = settings.sim_hz // settings.control_hz
         configure_physx(settings.solver_iterations)
-        self._robot_builder = robot_builder(settings.urdf)
+        self._robot = merge_fixed_links(robot_builder(settings.urdf))
         self._kinematics = ArmKinematics(settings.urdf)
         self._task = settings.load_task()
         self._bodies: _Bodies | None = None
@@ -179,8 +180,7 @@ class World:
         system = physx.PhysxCpuSystem()
         system.timestep = 1.0 / self.settings.sim_hz
         scene = sapien.Scene([system])
-        self._robot_builder.set_scene(scene)
-        robot = self._robot_builder.build(fix_root_link=True)
+        robot = self._robot.builder.set_scene(scene).build(fix_root_link=True)
         joints = robot.get_active_joints()
         for joint in joints:
             joint.set_drive_properties(fr3.STIFFNESS, fr3.DAMPING, force_limit=fr3.FORCE_LIMIT, mode="force")
@@ -188,6 +188,7 @@ class World:
         links = {link.name: link for link in robot.get_links()}
         for name in fr3.FINGER_LINKS:
             _make_grippy(links[name], fr3.FINGER_FRICTION * spec.friction_scale)
+            bodies.prepare_finger(links[name])
         table = bodies.table()
         scene.add_entity(table)
         objects = {}
@@ -196,9 +197,10 @@ class World:
             placed = start.objects[thing.name]
             entity.pose = sapien.Pose(placed[:3], placed[3:])
             scene.add_entity(entity)
-        visible = [*(links[name] for name in fr3.LINKS), *objects.values()]
+        frames = self._robot.located(robot)
+        visible = [*(frames[name] for name in fr3.LINKS), *objects.values()]
         ground = table.find_component_by_type(physx.PhysxRigidStaticComponent)
-        return _Bodies(system, scene, robot, joints, visible, links[fr3.TCP_LINK], ground, objects)
+        return _Bodies(system, scene, robot, joints, visible, frames[fr3.TCP_LINK], ground, objects)
 
 
 def configure_physx(solver_iterations: int) -> None:

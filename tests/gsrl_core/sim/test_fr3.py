@@ -1,6 +1,7 @@
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pinocchio
 import pytest
 import sapien
 import torch
@@ -9,8 +10,9 @@ from sapien.wrapper.urdf_loader import URDFLoader
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry import fr3 as geometry_fr3
-from gsrl_core.sim import fr3
+from gsrl_core.sim import fr3, kinematics
 from gsrl_core.sim.kinematics import ArmKinematics
+from gsrl_core.sim.merging import merge_fixed_links
 from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.urdf import robot_builder
 from gsrl_core.sim.world import euler_xyz
@@ -94,6 +96,27 @@ def test_the_reader_agrees_with_sapiens_loader(urdf):
             )
 
 
+def test_merged_links_are_where_they_were_and_weigh_what_they_weighed(urdf):
+    merged = merge_fixed_links(robot_builder(urdf))
+    _a, whole = build(robot_builder(urdf))
+    _b, robot = build(merged.builder)
+    assert len(robot.get_links()) == len(whole.get_links()) - 2
+    for articulation in (whole, robot):
+        articulation.set_qpos(BENT)
+    frames = merged.located(robot)
+    for link in whole.get_links():
+        there = frames[link.name].entity_pose.to_transformation_matrix()
+        np.testing.assert_allclose(there, link.entity_pose.to_transformation_matrix(), atol=2e-6)
+    # Gravity's torques tell masses and their centres, velocities after a push also the moments of inertia.
+    for articulation in (whole, robot):
+        articulation.set_qvel(np.linspace(-1, 1, 9))
+    forces = [articulation.compute_passive_force() for articulation in (whole, robot)]
+    np.testing.assert_allclose(forces[1], forces[0], atol=1e-3)
+    assert sum(len(link.collision_shapes) for link in robot.get_links()) == sum(
+        len(link.collision_shapes) for link in whole.get_links()
+    )
+
+
 def test_names_and_posture_are_those_of_the_splat_scene():
     assert fr3.LINKS == geometry_fr3.LINKS
     assert fr3.START_QPOS == geometry_fr3.START_QPOS
@@ -120,6 +143,26 @@ def test_inverse_kinematics_reaches_targets_and_agrees_with_maniskills_setting(u
         )
         assert success
         assert np.abs(solution - theirs[:7]).max() < 0.03
+
+
+def test_too_far_is_what_no_joints_reach_and_no_iteration_finds(urdf):
+    arm, rng = ArmKinematics(urdf), np.random.default_rng(0)
+
+    def goal(pose):
+        return pinocchio.SE3(pose) * arm._tcp_from_joint
+
+    for _ in range(500):
+        assert not arm._is_too_far(goal(arm.tcp([*rng.uniform(-3, 3, 7), 0, 0])))
+    start, far = np.array(fr3.START_QPOS), 0
+    for _ in range(60):
+        pose = arm.tcp(start)
+        pose[:3, 3] += rng.normal(0, 0.25, 3)
+        pose[:3, :3] = euler_xyz(rng.uniform(-0.5, 0.5, 3)) @ pose[:3, :3]
+        if arm._is_too_far(goal(pose)):
+            far += 1
+            assert arm._iterate(goal(pose), start, kinematics._FAST) is None
+            assert arm._iterate(goal(pose), start, kinematics._MANISKILL) is None
+    assert far > 10
 
 
 def test_an_unreachable_target_has_no_solution(urdf):

@@ -45,7 +45,7 @@ def maniskill_env(sim):
 @pytest.mark.parametrize("sim_hz", [100, pytest.param(500, marks=pytest.mark.slow)])
 def test_lean_stepper_reproduces_maniskill_over_expert_episodes(urdf, sim_hz):
     world = World(WorldSettings(urdf, sim_hz=sim_hz))
-    env = maniskill_env(sim_config(num_envs=1, sim_hz=sim_hz, solver_iterations=25))
+    env = maniskill_env(sim_config(num_envs=1, sim_hz=sim_hz, solver_iterations=task.SOLVER_POSITION_ITERATIONS))
     expert = PUT.expert()
     for seed in (0, 1):
         env.reset([seed])

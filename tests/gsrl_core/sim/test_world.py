@@ -85,6 +85,27 @@ def test_a_cube_laid_on_the_plate_is_success(world):
     assert world.body_poses()[-2, 2, 3] == pytest.approx(props.PLATE_FLOOR_THICKNESS + props.CUBE_HALF, abs=1e-3)
 
 
+def test_the_plate_stands_on_four_points_and_on_its_rim_when_overturned(world):
+    settle(world)
+    plate = world._bodies.plate
+    contacts = [contact for contact in world._bodies.system.get_contacts() if plate in contact.bodies]
+    assert [len(contact.points) for contact in contacts] == [4]
+    world.place("plate", above_plate(0, 0, 0.01), np.array([0.0, 1, 0, 0]))
+    settle(world, 10)
+    upside_down = world.body_poses()[-1]
+    height = props.PLATE_RIM_HEIGHT - props.PLATE_ORIGIN_HEIGHT
+    assert upside_down[2, 3] == pytest.approx(height, abs=1e-3)
+    assert upside_down[2, 2] == pytest.approx(-1, abs=1e-3)
+
+
+def test_closed_fingers_neither_touch_nor_pass_each_other(world):
+    for _ in range(12):
+        world.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    fingers = {link for link in world._bodies.robot.get_links() if link.name in fr3.FINGER_LINKS}
+    assert not any(fingers <= set(contact.bodies) for contact in world._bodies.system.get_contacts())
+    assert (world.qpos()[7:] > -1e-4).all()
+
+
 def test_success_lasts_while_physx_lets_the_bodies_sleep(world):
     world.place("cube", above_plate(0.0, 0, 0.007))
     settle(world)
