@@ -114,7 +114,8 @@ def test_a_policy_that_hangs_makes_the_arm_hold_and_the_watchdog_stops_it(monkey
     with pytest.raises(SafetyError, match="watchdog"):
         drive(robot, Stuck(walk))
     released.set()
-    assert len(robot.commanded) == pytest.approx(0.5 * LIMITS.stream_hz, abs=2)  # it was held actively, at the streaming rate
+    # It was held actively, at the streaming rate.
+    assert len(robot.commanded) == pytest.approx(LIMITS.watchdog * LIMITS.stream_hz, abs=2)
     assert {tuple(setpoint.position) for setpoint in robot.commanded} == {tuple(robot.commanded[0].position)}
 
 
