@@ -28,33 +28,49 @@ def free_port():
 def server(tmp_path_factory):
     """A server of its own with its own home and all deployments; yields (api, environment)."""
     folder = tmp_path_factory.mktemp("deploy")
-    port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
     environment = {
         **os.environ,
         "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_API_URL": api,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "GSRL_HOME": str(folder / "gsrl"),
     }
     environment.pop("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", None)
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+    process, api = started(environment, folder / "server.log")
+    environment["PREFECT_API_URL"] = api
     try:
-        deadline = time.monotonic() + 120
-        while not alive(api):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.3)
         prefect(environment, "work-pool", "create", "local", "--type", "process")
         prefect(environment, "--no-prompt", "deploy", "--all")
         yield api, environment
     finally:
-        process.terminate()
+        end(process)
+
+
+def started(environment, log):
+    """A server that answers: (process, api). Another program may take the free port first; then another is tried."""
+    for _ in range(3):
+        port = free_port()
+        api = f"http://127.0.0.1:{port}/api"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+                env={**environment, "PREFECT_API_URL": api}, stdout=output, stderr=output,
+            )  # fmt: skip
+        deadline = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < deadline:
+            if alive(api):
+                return process, api
+            time.sleep(0.3)
+        end(process)
+    pytest.fail(f"the server did not start: {log.read_text()}")
+
+
+def end(process):
+    process.terminate()
+    try:
         process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def alive(api):

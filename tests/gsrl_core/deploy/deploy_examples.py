@@ -1,4 +1,3 @@
-import threading
 import time
 
 import numpy as np
@@ -12,6 +11,21 @@ from gsrl_core.deploy.robot import RobotState
 from gsrl_core.interfaces import ActionSample
 
 START_Q = np.array([0.0, 0.259, 0.0, -2.289, 0.0, 2.515, 0.7855])
+
+
+class VirtualClock:
+    """Stands in for the module ``time``: only sleeping takes time."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 def make_contract(**changes):
@@ -103,16 +117,16 @@ class NoisyCamera:
 
 
 class ScriptedClient:
-    """Gives the chunks of a function ``request number -> actions``; may be slow."""
+    """Gives the chunks of a function ``request number -> actions``."""
 
     def __init__(self, chunk, delay=0.0):
-        self._chunk, self._delay = chunk, delay
+        self._chunk = chunk
         self.requests = []
-        self.released = threading.Event()
+        self.delay = delay
+        """What an answer takes, where a test counts time by a VirtualClock [s]."""
 
     def infer(self, request):
         self.requests.append(request)
-        self.released.wait(self._delay)
         return {"actions": self._chunk(len(self.requests) - 1)}
 
 

@@ -2,7 +2,9 @@ import os
 import time
 
 import pytest
+from deploy_examples import VirtualClock
 
+from gsrl_core.deploy import deadman
 from gsrl_core.deploy.deadman import ARMING, GAP, HeldKey
 from gsrl_core.errors import SafetyError
 
@@ -15,40 +17,68 @@ def terminal():
     os.close(screen)
 
 
-def hold(keyboard, key=b" ", count=ARMING + 2):
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The time by which the pauses between strokes are told."""
+    clock = VirtualClock()
+    monkeypatch.setattr(deadman, "time", clock)
+    return clock
+
+
+def until(condition):
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def hold(keyboard, held, clock, key=b" ", count=ARMING + 2):
+    """Strokes as a keyboard repeats them, each noticed at once."""
     for _ in range(count):
+        clock.sleep(0.06)
         os.write(keyboard, key)
-        time.sleep(0.06)
+        until(lambda: held._last == clock.now)
 
 
 @pytest.mark.parametrize("key", [b" ", b"\n"])
-def test_a_held_key_permits_and_its_release_withdraws(terminal, key):
+def test_a_held_key_permits_and_its_release_withdraws(terminal, clock, key):
     keyboard, screen = terminal
     with HeldKey(screen) as held:
         assert not held()
-        hold(keyboard, key)
+        hold(keyboard, held, clock, key)
         assert held()
         held.wait(0.0)
-        time.sleep(GAP + 0.1)
+        clock.sleep(GAP - 0.01)
+        assert held()
+        clock.sleep(0.02)
         assert not held()
 
 
-def test_one_stroke_is_no_permit(terminal):
+def test_strokes_that_arm_are_repeats_of_one_key_press(terminal, clock):
     keyboard, screen = terminal
     with HeldKey(screen) as held:
-        hold(keyboard, count=1)
+        for _ in range(ARMING):
+            clock.sleep(GAP)
+            hold(keyboard, held, clock, count=1)
+        assert not held()
+
+
+def test_one_stroke_is_no_permit(terminal, clock):
+    keyboard, screen = terminal
+    with HeldKey(screen) as held:
+        hold(keyboard, held, clock, count=1)
         assert not held()
         with pytest.raises(SafetyError, match="not held within 0 s; nothing was moved"):
             held.wait(0.1)
 
 
-def test_another_key_withdraws(terminal):
+def test_another_key_withdraws(terminal, clock):
     keyboard, screen = terminal
     with HeldKey(screen) as held:
-        hold(keyboard)
+        hold(keyboard, held, clock)
         assert held()
-        hold(keyboard, b"q", count=1)
-        assert not held()
+        os.write(keyboard, b"q")
+        until(lambda: not held())
 
 
 def test_what_is_no_terminal_cannot_permit():

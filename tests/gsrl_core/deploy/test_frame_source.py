@@ -3,10 +3,11 @@
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from deploy_examples import make_contract
+from deploy_examples import VirtualClock, make_contract
 
 from gsrl_core.deploy import camera as module
 from gsrl_core.deploy.camera import CameraCalibration, VideoCamera
@@ -15,25 +16,48 @@ from gsrl_core.errors import SafetyError
 PERIOD = 0.04
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The time by which pictures are stamped and their age is told."""
+    clock = VirtualClock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
 class Device:
-    """Takes a picture every PERIOD, whose blue value is its number; the queue holds four and drops what is newer."""
+    """Takes a picture when the test says so, whose blue value is its number; the queue holds four, then drops."""
 
-    def __init__(self, size=(48, 64), stamped=True, decoding=0.0):
-        self.size, self.stamped, self.decoding = size, stamped, decoding
+    def __init__(self, clock, size=(48, 64), stamped=True, decoding=0.0):
+        self.clock, self.size, self.stamped, self.decoding = clock, size, stamped, decoding
+        self.queue, self.changed = deque(), threading.Condition()
+        self.taken, self.released, self.last = [], False, None
+        self.waiting, self.ended = False, False
         self.failure = None
-        self.queue, self.arrived = deque(), threading.Condition()
-        self.taken, self.running, self.released = [], True, False
-        self.last = None
-        threading.Thread(target=self._film, daemon=True).start()
 
-    def _film(self):
-        while self.running:
-            with self.arrived:
-                self.taken.append(time.monotonic())
-                if len(self.queue) < 4:
-                    self.queue.append(len(self.taken) - 1)
-                self.arrived.notify_all()
-            time.sleep(PERIOD)
+    def take(self):
+        """One picture, a PERIOD after the one before."""
+        with self.changed:
+            self.clock.sleep(PERIOD)
+            self.taken.append(self.clock.now)
+            if len(self.queue) < 4:
+                self.queue.append(len(self.taken) - 1)
+            self.changed.notify_all()
+
+    def film(self, count, given_up=lambda: False):
+        """As many pictures, each when the one before has been fetched and kept."""
+        for _ in range(count):
+            self.take()
+            with self.changed:
+                deadline = time.monotonic() + 30.0
+                while not (self.waiting and not self.queue) and not given_up():
+                    assert time.monotonic() < deadline, "nobody fetches the pictures"
+                    self.changed.wait(0.01)
+
+    def end(self, failure=None):
+        """No more pictures: waiting for one fails, or the driver's waiting runs out."""
+        with self.changed:
+            self.failure, self.ended = failure, True
+            self.changed.notify_all()
 
     def set(self, key, value):
         return True
@@ -42,16 +66,20 @@ class Device:
         return 1000.0 * self.taken[self.last] if self.stamped else 0.0
 
     def grab(self):
-        if self.failure:
-            raise self.failure
-        with self.arrived:
-            if not self.arrived.wait_for(lambda: self.queue, 0.5):
+        with self.changed:
+            self.waiting = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.queue or self.ended, 60.0)
+            self.waiting = False
+            if self.failure:
+                raise self.failure
+            if not self.queue:
                 return False
             self.last = self.queue.popleft()
         return True
 
     def retrieve(self):
-        time.sleep(self.decoding)
+        self.clock.sleep(self.decoding)
         picture = np.zeros((*self.size, 3), np.uint8)
         picture[..., 0] = self.last  # blue of BGR
         return True, picture
@@ -61,8 +89,19 @@ class Device:
 
 
 def opened(device, measured=None):
+    """A camera on the device, which films meanwhile."""
     contract = make_contract().camera
-    return VideoCamera(7, measured, contract, open_capture=lambda _: device)
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(VideoCamera, 7, measured, contract, open_capture=lambda _: device)
+        while not opening.done():
+            device.film(1, opening.done)
+        return opening.result()
+
+
+def close(camera, device):
+    device.end()
+    camera.close()
+    assert device.released
 
 
 def measured(width=64, height=48):
@@ -70,54 +109,53 @@ def measured(width=64, height=48):
 
 
 @pytest.mark.parametrize("stamped", [True, False])
-def test_a_picture_is_the_newest_and_its_stamp_is_when_it_was_taken(stamped):
-    device = Device(stamped=stamped)
-    time.sleep(8 * PERIOD)  # the queue is full of old pictures
+def test_a_picture_is_the_newest_and_its_stamp_is_when_it_was_taken(clock, stamped):
+    device = Device(clock, stamped=stamped)
+    for _ in range(8):  # the queue is full of old pictures
+        device.take()
     camera = opened(device, measured())
     for _ in range(3):
-        time.sleep(6 * PERIOD)  # the policy thinks
-        newest = len(device.taken) - 1
+        device.film(6)  # the policy thinks
         picture = camera.read()
         number = int(picture.rgb[0, 0, 2])
-        assert newest - number <= 1
-        assert abs(picture.stamp - device.taken[number]) < PERIOD
+        assert number == len(device.taken) - 1
+        assert picture.stamp == pytest.approx(device.taken[number], abs=1e-6)
     assert picture.rgb.shape == (24, 32, 3)
-    camera.close()
-    assert device.released
+    close(camera, device)
 
 
-def test_without_a_stamp_of_the_driver_decoding_does_not_make_a_picture_younger():
-    device = Device(stamped=False, decoding=0.6 * PERIOD)
+def test_without_a_stamp_of_the_driver_decoding_does_not_make_a_picture_younger(clock):
+    device = Device(clock, stamped=False, decoding=0.6 * PERIOD)
     camera = opened(device, measured())
-    time.sleep(3 * PERIOD)
+    device.film(3)
     picture = camera.read()
-    assert 0.0 <= picture.stamp - device.taken[int(picture.rgb[0, 0, 2])] < 0.4 * PERIOD
-    camera.close()
+    assert picture.stamp == device.taken[int(picture.rgb[0, 0, 2])]
+    close(camera, device)
 
 
 @pytest.mark.parametrize("stamped", [True, False])
-def test_what_was_queued_while_the_device_was_opened_is_thrown_away(stamped):
-    device = Device(stamped=stamped)
-    time.sleep(8 * PERIOD)
-    queued_until = time.monotonic()
+def test_what_was_queued_while_the_device_was_opened_is_thrown_away(clock, stamped):
+    device = Device(clock, stamped=stamped)
+    for _ in range(8):
+        device.take()
+    queued_until = clock.now
     camera = opened(device, measured())
     assert device.taken[int(camera.read().rgb[0, 0, 2])] > queued_until
-    camera.close()
+    close(camera, device)
 
 
-def test_what_goes_wrong_in_the_thread_is_the_cause_that_the_reader_sees():
-    device = Device()
+def test_what_goes_wrong_in_the_thread_is_the_cause_that_the_reader_sees(clock):
+    device = Device(clock)
     camera = opened(device, measured())
-    device.failure = MemoryError("no buffer")
-    camera._thread.join(1.0)
+    device.end(MemoryError("no buffer"))
+    camera._thread.join(30.0)
     with pytest.raises(SafetyError, match="no buffer") as raised:
         camera.read()
     assert raised.value.__cause__ is device.failure
-    camera.close()
-    assert device.released
+    close(camera, device)
 
 
-def test_a_device_that_never_waits_does_not_make_the_thread_spin():
+def test_a_device_that_never_waits_does_not_make_the_thread_spin(clock):
     class Eager(Device):
         grabbed = 0
 
@@ -126,39 +164,42 @@ def test_a_device_that_never_waits_does_not_make_the_thread_spin():
             self.last = 0
             return True
 
-    device = Eager(stamped=False)
-    camera = opened(device, measured())
-    before = device.grabbed
+    device = Eager(clock, stamped=False)
+    camera = VideoCamera(7, measured(), make_contract().camera, open_capture=lambda _: device)
+    started, before = time.monotonic(), device.grabbed
     time.sleep(0.2)
-    assert device.grabbed - before <= 0.2 / 0.002 + 1
-    camera.close()
+    grabbed = device.grabbed - before
+    assert grabbed <= (time.monotonic() - started) / 0.002 + 1
+    close(camera, device)
 
 
-def test_a_device_that_freezes_is_noticed_by_the_age_of_its_picture(monkeypatch):
-    monkeypatch.setattr(module, "_SILENCE", 0.15)
-    device = Device()
+def test_a_device_that_freezes_is_noticed_by_the_age_of_its_picture(clock):
+    device = Device(clock)
     camera = opened(device, measured())
-    device.running = False
-    time.sleep(0.3)
-    with pytest.raises(SafetyError, match="no new picture for"):
+    clock.sleep(0.9)
+    camera.read()
+    clock.sleep(0.2)
+    with pytest.raises(SafetyError, match=r"no new picture for 1\.1 s"):
         camera.read()
-    time.sleep(0.5)
+    device.end()
+    camera._thread.join(30.0)
     with pytest.raises(SafetyError, match="got no picture"):
         camera.read()
-    camera.close()
+    close(camera, device)
 
 
-def test_a_mode_that_does_not_fit_is_refused():
-    device = Device(size=(60, 80))
+def test_a_mode_that_does_not_fit_is_refused(clock):
+    device = Device(clock, size=(60, 80))
     with pytest.raises(SafetyError, match=r"got \(80, 60\), the calibration is for \(64, 48\)"):
         opened(device, measured())
     assert device.released
 
 
-def test_without_a_measured_calibration_any_size_of_the_same_shape_is_taken():
-    camera = opened(Device(size=(60, 80)))
+def test_without_a_measured_calibration_any_size_of_the_same_shape_is_taken(clock):
+    device = Device(clock, size=(60, 80))
+    camera = opened(device)
     np.testing.assert_array_equal(camera.calibration.K, np.array(make_contract().camera.K))
     assert camera.read().rgb.shape == (24, 32, 3)
-    camera.close()
+    close(camera, device)
     with pytest.raises(SafetyError, match="shape"):
-        opened(Device(size=(60, 60)))
+        opened(Device(clock, size=(60, 60)))

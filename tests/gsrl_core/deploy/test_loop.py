@@ -1,11 +1,11 @@
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import deploy_examples
 import numpy as np
 import pytest
-from deploy_examples import MeanColorPolicy, NoisyCamera, PerfectRobot, ScriptedClient, make_contract
+from deploy_examples import MeanColorPolicy, NoisyCamera, PerfectRobot, ScriptedClient, VirtualClock, make_contract
 
 from gsrl_core.deploy import loop
 from gsrl_core.deploy import robot as robot_module
@@ -20,6 +20,33 @@ from gsrl_core.errors import SafetyError, WorkerError
 
 STEP = [0.01, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
 LIMITS = SafetyLimits(watchdog=0.5, max_chunk_age=0.3, max_state_age=0.3)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The time of loop, robot and camera, in which the policy takes what the test says, however slow the machine is."""
+    clock = VirtualClock()
+    for module in (loop, robot_module, deploy_examples):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(loop, "ThreadPoolExecutor", lambda *_, **__: PolicyThread(clock))
+    return clock
+
+
+class PolicyThread(ThreadPoolExecutor):
+    """Stands still in the virtual clock while it computes; the answer then comes ``delay`` later."""
+
+    def __init__(self, clock):
+        super().__init__(1)
+        self._clock = clock
+
+    def submit(self, ask):
+        answer = super().submit(ask)
+        wait([answer], 60.0)
+        client = getattr(ask.__self__, "client", None)
+        comes_at = self._clock.now + getattr(client, "delay", 0.0)
+        done = answer.done
+        answer.done = lambda: done() and self._clock.now >= comes_at
+        return answer
 
 
 def walk(_):
@@ -74,12 +101,21 @@ def test_a_broken_chunk_stops_the_arm_where_it_is(chunk, text):
     np.testing.assert_allclose(robot.pose, tcp_pose(np.array(make_contract().start_q)), atol=1e-6)
 
 
-def test_a_slow_policy_makes_the_arm_hold_and_the_watchdog_stops_it():
-    robot, client = PerfectRobot(), ScriptedClient(walk, delay=30.0)
+def test_a_policy_that_hangs_makes_the_arm_hold_and_the_watchdog_stops_it(monkeypatch):
+    released = threading.Event()
+
+    class Stuck(ScriptedClient):
+        def infer(self, request):
+            released.wait(60.0)
+            return super().infer(request)
+
+    monkeypatch.setattr(loop, "ThreadPoolExecutor", ThreadPoolExecutor)
+    robot = PerfectRobot()
     with pytest.raises(SafetyError, match="watchdog"):
-        drive(robot, client)
-    client.released.set()
-    assert len(robot.commanded) > 20  # it was held actively, at the streaming rate
+        drive(robot, Stuck(walk))
+    released.set()
+    # It was held actively, at the streaming rate.
+    assert len(robot.commanded) == pytest.approx(LIMITS.watchdog * LIMITS.stream_hz, abs=2)
     assert {tuple(setpoint.position) for setpoint in robot.commanded} == {tuple(robot.commanded[0].position)}
 
 
@@ -189,7 +225,7 @@ def test_an_episode_ends_at_rest_on_its_last_target():
     assert log.start[0][3] == pytest.approx(log.final["target"][0][3] - 0.04)
 
 
-def test_an_answer_after_the_watchdog_is_not_used():
+def test_an_answer_after_the_watchdog_is_not_used(clock):
     robot, client = PerfectRobot(), ScriptedClient(walk, delay=0.3)
 
     # The stream itself stalls for longer than the watchdog; meanwhile the answer arrives.
@@ -198,7 +234,7 @@ def test_an_answer_after_the_watchdog_is_not_used():
     def permit():
         if len(robot.commanded) == 3 and not stalled:
             stalled.append(True)
-            time.sleep(0.7)
+            clock.sleep(0.7)
         return True
 
     log = EpisodeLog()
@@ -234,14 +270,18 @@ def test_a_server_that_dies_in_mid_episode_gives_a_clean_error_after_a_stop():
     contract = make_contract(max_episode_steps=60)
     server = PolicyServer(PolicyService(MeanColorPolicy(), contract), {}, port=0).__enter__()
     robot = PerfectRobot()
-    with PolicyClient(port=server.port, timeout=2.0) as client:
-        timer = threading.Timer(0.7, server.shutdown)
-        timer.start()
+    with PolicyClient(port=server.port, timeout=30.0) as client:
         log = EpisodeLog()
+
+        def permit():
+            if len(log.steps) == 7:
+                server.shutdown()
+            return True
+
         with pytest.raises(WorkerError, match="policy server"):
-            drive(robot, client, limits=SafetyLimits(), contract=contract, log=log)
+            drive(robot, client, limits=SafetyLimits(), contract=contract, log=log, permit=permit)
     assert robot.calls == ["begin", "stop"]
-    assert 0 < len(log.steps) < 60
+    assert len(log.steps) == 8  # two chunks
     assert "policy server" in log.outcome
 
 
@@ -266,25 +306,7 @@ def test_another_tcp_or_camera_is_refused_before_anything_moves():
         assert robot.commanded == []
 
 
-class VirtualClock:
-    """Stands in for the module ``time``: only sleeping takes time."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    perf_counter = monotonic
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
-def test_late_setpoints_move_the_schedule_instead_of_bunching_up(monkeypatch):
-    clock = VirtualClock()
-    for module in (loop, robot_module, deploy_examples):
-        monkeypatch.setattr(module, "time", clock)
+def test_late_setpoints_move_the_schedule_instead_of_bunching_up(clock):
     stamps = []
 
     class Stalling(PerfectRobot):
@@ -294,9 +316,7 @@ def test_late_setpoints_move_the_schedule_instead_of_bunching_up(monkeypatch):
             if len(self.commanded) == 15:
                 clock.sleep(0.15)
 
-    # The policy answers in real time, in which the virtual clock runs on with every setpoint that holds the arm.
-    patient = SafetyLimits(watchdog=30.0, max_chunk_age=5.0)
-    drive(Stalling(), ScriptedClient(walk), limits=patient, max_steps=4)
+    drive(Stalling(), ScriptedClient(walk), max_steps=4)
     gaps = np.diff(stamps)
     assert gaps.max() == pytest.approx(0.15)
     # Bunched up, the ones that were due in the meantime would follow each other at once.

@@ -23,8 +23,10 @@ from gsrl_core.deploy.robot import wait_at_rest
 from gsrl_core.deploy.smooth import Setpoint
 from gsrl_core.errors import SafetyError, WorkerError
 
-# The emulator shares two busy cores with everything else here.
-LIMITS = SafetyLimits(max_state_age=1.0, max_tracking_error=0.1, stream_timeout=1.0)
+# The emulator shares two busy cores with everything else here: what judges timing is wider than an arm may have it.
+LIMITS = SafetyLimits(watchdog=30.0, max_chunk_age=5.0, max_tracking_error=0.2, min_success_rate=0.0).model_copy(
+    update={"max_state_age": 10.0, "stream_timeout": 10.0}
+)
 
 
 def always():
@@ -92,18 +94,18 @@ def test_the_move_to_the_start_pose_obeys_monitors_and_dead_man():
 
 
 def test_a_check_that_hangs_on_the_way_to_the_start_pose_does_not_keep_the_arm_moving():
-    limits = LIMITS.model_copy(update={"stream_timeout": 0.2})
+    limits = LIMITS.model_copy(update={"stream_timeout": 0.6})
     goal = START_Q + np.array([0.8, 0, 0, 0, 0, 0, 0])
     moving = []
 
     def check(state):
         if state.q[0] > 0.05 and not moving:
             moving.append(robot._robot.is_in_control)
-            time.sleep(1.5)
+            until(lambda: not robot._robot.is_in_control)
             moving.append(robot._robot.is_in_control)
 
     with running_emulator(START_Q) as host, FrankyRobot(host, limits, realtime=False) as robot:
-        with pytest.raises(SafetyError, match=r"no check of its state for 0\.2 s .* the watchdog stopped the arm"):
+        with pytest.raises(SafetyError, match=r"no check of its state for 0\.6 s .* the watchdog stopped the arm"):
             robot.move_to(goal, check=check)
         assert moving == [True, False]
         assert wait_at_rest(robot.read).q[0] < 0.5
@@ -112,19 +114,43 @@ def test_a_check_that_hangs_on_the_way_to_the_start_pose_does_not_keep_the_arm_m
 
 
 def test_stopping_withdraws_the_wish_to_the_hand():
-    # Whether the fingers stop is luck: libfranka often sends a stop only when the command under way has ended.
     with running_emulator(START_Q) as host, FrankyRobot(host, LIMITS, realtime=False) as robot:
+        sent = []
+        move = robot._hand._gripper.move_async
+        robot._hand._gripper = Recorded(robot._hand._gripper, move_async=lambda *to: (sent.append(to[0]), move(*to))[1])
         robot.grip(0.0)
-        time.sleep(0.3)
+        until(lambda: robot.read().width < 0.075)
+        # In one piece, so that the fingers cannot arrive, and the wish be sent, in between.
+        with robot._hand._lock:
+            robot.grip(0.08)
+            robot.stop()
+        # Where the fingers stand then is libfranka's affair: it often sends a stop only when the command has ended.
+        until(lambda: robot._hand._future is None)
+        for _ in range(10):
+            time.sleep(0.05)
+            assert robot.read().width < 0.076
+        assert not sent
         robot.grip(0.08)
-        robot.stop()
-        for _ in range(15):
-            time.sleep(0.1)
-            width = robot.read().width  # stays current while the hand is being stopped
-        assert width < 0.06
-        robot.grip(0.08)
-        time.sleep(1.5)
-        assert robot.read().width > 0.07
+        until(lambda: robot.read().width > 0.078)
+        assert sent == [0.08]
+
+
+class Recorded:
+    """An object with some of its methods replaced."""
+
+    def __init__(self, of, **methods):
+        self._of = of
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name):
+        return getattr(self._of, name)
+
+
+def until(condition):
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def refuse(state):
@@ -132,7 +158,7 @@ def refuse(state):
 
 
 def test_a_stream_that_ends_stops_the_arm_by_itself():
-    limits = LIMITS.model_copy(update={"stream_timeout": 0.2})
+    limits = LIMITS.model_copy(update={"stream_timeout": 1.0})
     with running_emulator(START_Q) as host, FrankyRobot(host, limits, realtime=False) as robot:
         wait_at_rest(robot.read)
         robot.begin()
@@ -142,10 +168,7 @@ def test_a_stream_that_ends_stops_the_arm_by_itself():
             robot.command(setpoint)
             time.sleep(0.01)
         assert robot.read().success_rate is not None
-        deadline = time.monotonic() + 3.0
-        while robot._robot.is_in_control and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not robot._robot.is_in_control
+        until(lambda: not robot._robot.is_in_control)
         for late in (lambda: robot.command(setpoint), lambda: robot.grip(0.0)):
             with pytest.raises(SafetyError, match="stream watchdog stopped arm and hand"):
                 late()
@@ -176,20 +199,21 @@ def test_leaving_while_the_hand_is_busy_does_not_crash():
         "import gc, time\n"
         "from gsrl_core.deploy.emulator import running_emulator\n"
         "from gsrl_core.deploy.limits import SafetyLimits\n"
+        "limits = SafetyLimits().model_copy(update={'max_state_age': 10.0})\n"
         "from gsrl_core.deploy.franky_robot import FrankyRobot\n"
         "with running_emulator([0, 0.259, 0, -2.289, 0, 2.515, 0.7855], 0.08) as host:\n"
         "    for _ in range(2):\n"
-        "        with FrankyRobot(host, SafetyLimits(), realtime=False) as robot:\n"
+        "        with FrankyRobot(host, limits, realtime=False) as robot:\n"
         "            robot.grip(0.0); time.sleep(0.3)\n"
         "        del robot; gc.collect()\n"
-        "    robot = FrankyRobot(host, SafetyLimits(), realtime=False)\n"
+        "    robot = FrankyRobot(host, limits, realtime=False)\n"
         "    robot.grip(0.08)\n"
         "robot.close()\n"
         "del robot; gc.collect()\n"
         "print('alive')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, env=child_environment(), timeout=180
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "alive"
@@ -202,20 +226,21 @@ def test_an_emulator_that_dies_in_mid_episode_ends_in_a_clear_error():
     with running_child(
         "gsrl_core.deploy.emulator", ["--q", str(START_Q.tolist()), "--width", "0.08"], timeout=60
     ) as it:
+        killed = []
 
         def permit():
-            if len(log.steps) == 3:
+            if len(log.steps) == 3 and not killed:
                 os.kill(it["pid"], signal.SIGKILL)
+                killed.append(time.monotonic())
             return True
 
-        robot = FrankyRobot(it["host"], LIMITS, realtime=False)
-        started = time.monotonic()
+        robot = FrankyRobot(it["host"], LIMITS.model_copy(update={"max_state_age": 1.0}), realtime=False)
         with pytest.raises(SafetyError, match=it["host"]):
             run_episode(
                 robot, client, Envelope(LIMITS, contract), NoisyCamera(contract), contract, log=log, permit=permit
             )
         robot.close()
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - killed[0] < 15
     assert 3 <= len(log.steps) < 40
     assert "left control" in log.outcome or "old" in log.outcome or "no state" in log.outcome
 
@@ -230,11 +255,11 @@ def test_a_child_ends_when_its_parent_is_killed():
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=child_environment())
     host = parent.stdout.readline().strip()
-    socket.create_connection((host, 1337), timeout=5).close()
+    socket.create_connection((host, 1337), timeout=30).close()
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host, 1337), timeout=1).close()

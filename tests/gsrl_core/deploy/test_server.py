@@ -3,7 +3,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -95,7 +94,7 @@ def test_errors_are_openpis_text_frame_and_close_code():
         assert text.startswith("Traceback")
         assert "binary msgpack" in text
         with pytest.raises(Exception, match="1011"):
-            connection.recv(5)
+            connection.recv(30)
 
 
 def test_a_policy_that_raises_does_not_take_the_server_down():
@@ -113,37 +112,41 @@ def test_a_policy_that_raises_does_not_take_the_server_down():
 
 
 def test_health_is_answered_while_a_slow_inference_runs():
-    class Slow(MeanColorPolicy):
-        def act(self, observation, generator, *, explore):
-            if observation.instruction[0] == "slow":
-                time.sleep(1.0)
-            return super().act(observation, generator, explore=explore)
-
-    with running(Slow()) as (server, _, contract), PolicyClient(port=server.port) as client:
-        thread = threading.Thread(target=client.infer, args=(make_request(contract, prompt="slow"),))
+    policy = Held()
+    with running(policy) as (server, _, contract), PolicyClient(port=server.port, timeout=60.0) as client:
+        thread = threading.Thread(target=client.infer, args=(make_request(contract, prompt="hold"),))
         thread.start()
-        time.sleep(0.1)
-        started = time.perf_counter()
-        health = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        assert policy.busy.wait(30.0)
+        health = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         health.request("GET", "/healthz")
         response = health.getresponse()
         assert (response.status, response.read()) == (200, b"OK\n")
-        assert time.perf_counter() - started < 0.8
+        assert thread.is_alive()  # the inference did run meanwhile
+        policy.released.set()
         thread.join()
 
 
-def test_the_client_gives_up_on_a_server_that_does_not_answer():
-    class Stuck(MeanColorPolicy):
-        def act(self, observation, generator, *, explore):
-            if observation.instruction[0] == "stuck":
-                time.sleep(2.0)
-            return super().act(observation, generator, explore=explore)
+class Held(MeanColorPolicy):
+    """Infers until the test lets it end, where the prompt says so."""
 
-    with running(Stuck()) as (server, _, contract), PolicyClient(port=server.port, timeout=0.3) as client:
-        started = time.perf_counter()
+    def __init__(self):
+        self.busy, self.released = threading.Event(), threading.Event()
+
+    def act(self, observation, generator, *, explore):
+        if observation.instruction[0] == "hold":
+            self.busy.set()
+            self.released.wait(60.0)
+        return super().act(observation, generator, explore=explore)
+
+
+def test_the_client_gives_up_on_a_server_that_does_not_answer():
+    policy = Held()
+    with running(policy) as (server, _, contract), PolicyClient(port=server.port, timeout=30.0) as client:
+        client._timeout = 0.3  # of the answer alone: connecting takes what the machine needs
         with pytest.raises(WorkerError, match=r"no answer within 0\.3 s"):
-            client.infer(make_request(contract, prompt="stuck"))
-        assert time.perf_counter() - started < 1.0
+            client.infer(make_request(contract, prompt="hold"))
+        assert not policy.released.is_set()
+        policy.released.set()
         # The late answer to that request must never be read as the answer to this one.
         with pytest.raises(WorkerError, match="connection lost"):
             client.infer(make_request(contract))
@@ -156,7 +159,7 @@ def test_a_refusal_closes_the_connection():
         for _ in connection:
             connection.send("refused")
 
-    with scripted(lenient) as port, PolicyClient(port=port, timeout=2.0) as client:
+    with scripted(lenient) as port, PolicyClient(port=port, timeout=30.0) as client:
         for text in ("refused the request: refused", "connection lost"):
             with pytest.raises(WorkerError, match=text):
                 client.infer({})
@@ -178,9 +181,9 @@ def test_a_client_that_cannot_be_made_leaves_no_connection(greeting, error, text
 
     with scripted(greet) as port:
         with pytest.raises(error, match=text) as raised:
-            PolicyClient(port=port, timeout=0.3)
+            PolicyClient(port=port, timeout=2.0 if greeting is None else 30.0)
         # While its traceback lives, the client does too: not the garbage collector closed it.
-        assert left.wait(2.0)
+        assert left.wait(30.0)
         del raised
 
 

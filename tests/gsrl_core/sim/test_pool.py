@@ -17,7 +17,6 @@ from gsrl_core.sim import states as layout
 from gsrl_core.sim import task
 from gsrl_core.sim.episodes import Episodes
 from gsrl_core.sim.pool import MAX_RESTARTS, Pool
-from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.world import World
 
 SEEDS = (11, 12, 13)
@@ -97,33 +96,58 @@ def three_chunks(settings, disturb=lambda pool, number: None):
         pool.close()
 
 
-def killer(at, env, ending=signal.SIGKILL, while_stepping=True):
-    """Kills the worker of ``env`` before chunk ``at``, or as soon as it steps that environment."""
+HELD = """
+import sys, time
+from pathlib import Path
+if "gsrl_core.sim.worker" in sys.orig_argv:
+    from gsrl_core.sim.episodes import Episodes
+    run = Episodes._run_chunk
+    def held(self, env, *rest):
+        run(self, env, *rest)
+        if Path(__file__).with_name(f"hold-{env}").exists():
+            Path(__file__).with_name("held").touch()
+            time.sleep(60)
+    Episodes._run_chunk = held
+"""
 
-    def disturb(pool, number):
-        if number != at:
-            return
-        process = pool._workers[env % 2].process
 
-        def wait_and_kill():
-            while while_stepping and not pool.states.busy[env]:
-                pass
+@pytest.fixture
+def killer(monkeypatch, tmp_path):
+    """Makes a disturbance that kills a worker: while it steps an environment, whose results it has written, or before.
+
+    A worker could not be hit while it steps by watching it: a chunk takes a few milliseconds. It is made to wait there.
+    """
+    (tmp_path / "sitecustomize.py").write_text(HELD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def make(at, env, ending=signal.SIGKILL, while_stepping=True):
+        def disturb(pool, number):
+            if number != at:
+                return
+            process = pool._workers[env % 2].process
+            if not while_stepping:
+                process.send_signal(ending)
+                return
+            (tmp_path / f"hold-{env}").touch()
+            threading.Thread(target=kill_when_held, args=(process,)).start()
+
+        def kill_when_held(process):
+            deadline = time.monotonic() + 50
+            while not (tmp_path / "held").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            (tmp_path / f"hold-{env}").unlink()
             process.send_signal(ending)
 
-        thread = threading.Thread(target=wait_and_kill)
-        thread.start()
-        if not while_stepping:
-            thread.join()
+        return disturb
 
-    return disturb
+    return make
 
 
 @pytest.mark.parametrize("while_stepping", [True, False])
-def test_a_killed_worker_costs_the_current_episodes_of_its_environments_only(urdf, caplog, while_stepping):
-    settings = WorldSettings(urdf)  # at 500 Hz a chunk lasts long enough to be interrupted
-    calm, _ = three_chunks(settings)
+def test_a_killed_worker_costs_the_current_episodes_of_its_environments_only(quick, caplog, killer, while_stepping):
+    calm, _ = three_chunks(quick)
     with caplog.at_level(logging.WARNING):
-        hit, pids = three_chunks(settings, killer(1, 2, while_stepping=while_stepping))
+        hit, pids = three_chunks(quick, killer(1, 2, while_stepping=while_stepping))
     assert [state["lost"].tolist() for state in hit] == [[0, 0, 0], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
     for name in calm[0]:
         # Environment 1 is in the other worker; after the next reset nothing tells that anything happened.
@@ -141,9 +165,9 @@ def test_a_killed_worker_costs_the_current_episodes_of_its_environments_only(urd
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_crash_in_native_code_leaves_last_words(urdf, caplog):
+def test_a_crash_in_native_code_leaves_last_words(quick, caplog, killer):
     with caplog.at_level(logging.WARNING):
-        three_chunks(WorldSettings(urdf), killer(0, 0, signal.SIGSEGV))
+        three_chunks(quick, killer(0, 0, signal.SIGSEGV))
     assert "killed by signal 11" in caplog.text
     assert "Fatal Python error: Segmentation fault" in caplog.text
 
@@ -285,10 +309,11 @@ def test_an_error_inside_a_worker_keeps_its_class_and_message(quick):
 
 
 def test_closing_stops_processes_and_leaves_no_shared_memory(quick):
-    before = set(Path("/dev/shm").iterdir())
+    before = named_memory(os.getpid())
     pool = Pool(quick, 2, 5, 2)
     pids = [worker.process.pid for worker in pool._workers]
-    assert set(Path("/dev/shm").iterdir()) == before
+    # Nothing with a name, which would outlive a crash of all.
+    assert named_memory(os.getpid(), *pids) == before
     pool.close()
     pool.close()
     assert not any(alive(pid) for pid in pids)
@@ -314,7 +339,7 @@ def test_workers_end_with_their_parent(urdf, ending):
     parent.send_signal(ending)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)
@@ -334,6 +359,12 @@ def test_a_worker_imports_neither_torch_nor_maniskill():
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[3]
     )
     assert answer.stdout.split() == ["False", "False"]
+
+
+def named_memory(*pids):
+    """What these processes have mapped of shared memory with names; other programs have some too."""
+    maps = [line.split(maxsplit=5) for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {row[5] for row in maps if len(row) == 6 and row[5].startswith("/dev/shm/")}
 
 
 def alive(pid):
