@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.agent import Pi05Policy, Sampling, require_horizon
+from gsrl_core.policy.agent import Pi05Policy, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
 from gsrl_core.policy.flow import NoiseHead
 from gsrl_core.policy.keys import HEADS, check_names, published, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
+from gsrl_core.policy.sampler import Sampling
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, norm_stats_from_json, norm_stats_to_json
 from gsrl_core.policy.value import ValueHead
@@ -47,6 +48,7 @@ def load_policy(
     noise_level: float = 0.5,
     noise_std_range: tuple[float, float] = (0.08, 0.16),
     precision: Literal["float32", "bfloat16"] = "float32",
+    compile: Literal["auto", "never"] = "never",
     device: torch.device | str = "cpu",
 ) -> Pi05Policy:
     """Read a checkpoint folder; heads that it does not bring start fresh, from a fixed seed.
@@ -60,6 +62,7 @@ def load_policy(
         noise_level: of Flow-SDE.
         noise_std_range: of Flow-Noise.
         precision: of the frozen weights and the activations; trained weights stay float32.
+        compile: ``auto`` infers with compiled kernels on a GPU, ``never`` with the network as it is written.
         device: where to put everything.
 
     Raises:
@@ -76,7 +79,10 @@ def load_policy(
     if noise_head is not None:
         _load_head(noise_head, "noise_head.", heads, folder)
         noise_head.to(device)
-    return Pi05Policy(network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried)
+    fast = compile == "auto" and torch.device(device).type == "cuda"
+    return Pi05Policy(
+        network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried, fast=fast
+    )
 
 
 def save_checkpoint(folder: Path, policy: Pi05Policy, *, card: str = "") -> None:

@@ -34,10 +34,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        save_file({name: _whole(tensor) for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous and with memory of its own (safetensors refuses views of one block)."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def require_replaceable(folder: Path) -> Path:
