@@ -7,6 +7,7 @@ keys, values and pooled features, travels in the sample's chain and is never com
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from gsrl_core.policy.transforms import (
     FieldStats,
     Normalizer,
     discretize_state,
+    pad_last,
     resize_with_pad,
     to_network_range,
 )
@@ -71,7 +73,7 @@ class Pi05Policy:
             action_stats: likewise.
             sampling: how actions are drawn.
             carried: tensors that only pass through to the next checkpoint.
-            fast: infer with :mod:`gsrl_core.policy.fast`.
+            fast: infer with :mod:`gsrl_core.policy.fast`, which knows pi0.5 only.
 
         Raises:
             CheckpointError: the parts do not fit each other.
@@ -93,7 +95,8 @@ class Pi05Policy:
         network.requires_grad_(False)
         for parameter in (*self._actor.values(), *self._critic.values()):
             parameter.requires_grad_(True)
-        twin = FastNetwork(network, sampling.denoise_steps) if fast else None
+        quick = fast and network.config.family == "pi05"
+        twin = FastNetwork(network, sampling.denoise_steps) if quick else None
         self._sampler = Sampler(network, value_head, noise_head, sampling, self.action_dim, twin)
 
     @property
@@ -134,6 +137,7 @@ class Pi05Policy:
             return ActionSample(self._actions(x), zero, zero, {})
         found = self._sampler("explore", prompt, draws | self._explore_draws(draws["noise"], generator))
         chain = {name: found[name] for name in ("x_k", "x_next", "step", "x_chain") if name in found}
+        chain |= {} if prompt.state is None else {"state": prompt.state}
         chain |= self.store.keep(prompt, found, self._columns(observation))
         return ActionSample(self._actions(found["x"]), found["log_prob"], found["value"], chain)
 
@@ -178,7 +182,11 @@ class Pi05Policy:
         bins = discretize_state(self.state_normalizer.normalize(observation.state.cpu()))
         tokens, token_mask = self.tokenizer.encode(observation.instruction, bins)
         masks = dict.fromkeys(images, torch.ones(len(tokens), dtype=torch.bool))
-        return pack(images, masks, tokens.to(self.device), token_mask, self.network.config.image_tokens)
+        packed = pack(images, masks, tokens.to(self.device), token_mask, self.network.config.image_tokens)
+        if self.network.config.family == "pi05":
+            return packed
+        state = self.state_normalizer.normalize(observation.state.to(self.device))
+        return replace(packed, state=pad_last(state, self.network.config.action_dim))
 
     def _explore_draws(self, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         steps = self.sampling.denoise_steps

@@ -1,5 +1,9 @@
 """The pi0.5 network (https://arxiv.org/abs/2504.16054): SigLIP + Gemma prefix, and a flow-matching action expert.
 
+pi0 (https://arxiv.org/abs/2410.24164) is the same but for two things: time is mixed into the actions by an MLP instead
+of modulating the expert's norms, and the expert has a token of the state that does not attend to the actions. So its
+keys and values depend on the prefix and the state alone, and :meth:`Pi05.with_state` appends them to the prefix.
+
 The prefix (images, then prompt) attends to itself only, so it is computed once and kept as keys and values; the
 action expert attends to it and to its own H tokens. Parameter names and shapes are those of openpi's PyTorch model.
 
@@ -54,10 +58,16 @@ class Pi05(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.stored_dtypes: dict[str, torch.dtype] = {}
+        """Of the tensors in the file that they were read from, by name."""
         self.paligemma_with_expert = _PaliGemmaWithExpert(config)
         self.action_in_proj = Projection(config.action_dim, config.expert_width)
         self.action_out_proj = Projection(config.expert_width, config.action_dim)
-        self.time_mlp_in = Projection(config.expert_width, config.expert_width)
+        inputs = config.expert_width
+        if config.family == "pi0":
+            self.state_proj = Projection(config.action_dim, config.expert_width)
+            inputs = 2 * config.expert_width
+        self.time_mlp_in = Projection(inputs, config.expert_width)
         self.time_mlp_out = Projection(config.expert_width, config.expert_width)
 
     @property
@@ -120,24 +130,53 @@ class Pi05(nn.Module):
 
     def suffix(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
         """The expert's final hidden states float32 [B, H, We] for noisy actions [B, H, A] at times [B]."""
-        condition = self.embed_time(t)
-        x = self.action_in_proj(x_t.float()).to(self.compute_dtype)
-        offset = prefix.valid.sum(dim=1, keepdim=True)
-        positions = offset + torch.arange(x.shape[1], device=x.device)
-        table = rotary(positions, self.config.head_dim)
-        key_mask = prefix.key_mask
-        if key_mask is not None:
-            key_mask = torch.cat([key_mask, key_mask.new_ones(x.shape[:2])], dim=1)
-        for index, layer in enumerate(self.expert.layers):
-            past = prefix.keys[:, index], prefix.values[:, index]
-            x, _, _ = layer(x, table, key_mask, condition, past)
+        x = self.action_in_proj(x_t.float())
+        condition = None
+        if self.config.family == "pi0":
+            wave = sincos_time(t, self.config.expert_width).float()[:, None].expand_as(x)
+            hidden = nn.functional.silu(self.time_mlp_in(torch.cat([x, wave], dim=2)))
+            x = self.time_mlp_out(hidden)
+        else:
+            condition = self.embed_time(t)
+        x, _, _ = self._run_expert(prefix, x.to(self.compute_dtype), condition)
         return self.expert.norm(x, condition)[0].float()
+
+    def with_state(self, prefix: PrefixCache, state: Tensor) -> PrefixCache:
+        """Of pi0: the prefix followed by the token of the state, float32 [B, A] in network units.
+
+        Its keys and values are the expert's, hence trained: they are never kept with the prefix.
+        """
+        x = self.state_proj(state.float())[:, None].to(self.compute_dtype)
+        _, keys, values = self._run_expert(prefix, x, None)
+        valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(state), 1)], dim=1)
+        joined = (
+            torch.cat([old, torch.stack(own, dim=1).to(old.dtype)], dim=3)
+            for old, own in ((prefix.keys, keys), (prefix.values, values))
+        )
+        return PrefixCache(*joined, valid, None, None if prefix.key_mask is None else valid)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """The condition of the adaptive norms float32 [B, We] at times [B]."""
         wave = sincos_time(t, self.config.expert_width).float()
         hidden = nn.functional.silu(self.time_mlp_in(wave))
         return nn.functional.silu(self.time_mlp_out(hidden))
+
+    def _run_expert(
+        self, prefix: PrefixCache, x: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states before the final norm, and each layer's own keys and values."""
+        offset = prefix.valid.sum(dim=1, keepdim=True)
+        positions = offset + torch.arange(x.shape[1], device=x.device)
+        table = rotary(positions, self.config.head_dim)
+        key_mask = prefix.key_mask
+        if key_mask is not None:
+            key_mask = torch.cat([key_mask, key_mask.new_ones(x.shape[:2])], dim=1)
+        keys, values = [], []
+        for index, layer in enumerate(self.expert.layers):
+            x, key, value = layer(x, table, key_mask, condition, (prefix.keys[:, index], prefix.values[:, index]))
+            keys.append(key)
+            values.append(value)
+        return x, keys, values
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states of the expert [B, H, We] -> velocity float32 [B, H, A]."""
@@ -216,6 +255,6 @@ class _GemmaExpert(nn.Module):
             config.heads,
             config.kv_heads,
             config.head_dim,
-            condition_width=config.expert_width,
+            condition_width=config.expert_width if config.family == "pi05" else 0,
         )
         self.model = Gemma(size)

@@ -27,6 +27,8 @@ class Prompt:
     """bool [B, N] over pictures, then text, on the device of ``tokens``."""
     complete: bool
     """Nothing is masked (the faster attention)."""
+    state: Tensor | None = None
+    """float32 [B, A] in network units, for pi0 only: it goes to the expert, not into the prefix."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,12 +41,15 @@ class Prompt:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         images = {f"image{slot}": image for slot, image in enumerate(self.images)}
-        return images | {"tokens": self.tokens, "valid": self.valid}
+        state = {} if self.state is None else {"state": self.state}
+        return images | {"tokens": self.tokens, "valid": self.valid} | state
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Prompt:
         """The same with other tensors of these names."""
         images = tuple(tensors[f"image{slot}"] for slot in range(len(self.images)))
-        return replace(self, images=images, tokens=tensors["tokens"], valid=tensors["valid"])
+        return replace(
+            self, images=images, tokens=tensors["tokens"], valid=tensors["valid"], state=tensors.get("state")
+        )
 
 
 def pack(

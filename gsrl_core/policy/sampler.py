@@ -90,7 +90,7 @@ class Sampler:
 
     def log_prob(self, prefix: PrefixCache, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B] of stored transitions under the current weights, with gradients."""
-        s = self.sampling
+        s, prefix = self.sampling, self._with_state(prefix, chain)
         if s.noise_method == "flow_sde":
             mean, std = flow.sde_step(
                 lambda x, t: self.network.velocity(prefix, x, t),
@@ -133,7 +133,7 @@ class Sampler:
     def _infer(self, kind: Kind, prompt: Prompt, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = self._backend.run_prefix(prompt.holding(tensors), features=kind != "ode")
         if kind == "ode":
-            return {"x": self._follow_ode(prefix, tensors["noise"])}
+            return {"x": self._follow_ode(self._with_state(prefix, tensors), tensors["noise"])}
         assert prefix.hidden is not None
         pooled = masked_mean(prefix.hidden, prefix.valid)
         value = self.value_head(pooled)
@@ -141,7 +141,10 @@ class Sampler:
             return {"value": value}
         explore = self._explore_sde if self.sampling.noise_method == "flow_sde" else self._explore_joint
         stored = {"pooled": pooled, "keys": prefix.keys, "values": prefix.values}
-        return explore(prefix, tensors) | {"value": value} | stored
+        return explore(self._with_state(prefix, tensors), tensors) | {"value": value} | stored
+
+    def _with_state(self, prefix: PrefixCache, tensors: Mapping[str, Tensor]) -> PrefixCache:
+        return self.network.with_state(prefix, tensors["state"]) if "state" in tensors else prefix
 
     def _follow_ode(self, prefix: PrefixCache, noise: Tensor) -> Tensor:
         return flow.sample_ode(self._velocity(prefix), noise, self.sampling.denoise_steps)
