@@ -53,6 +53,7 @@ class SplatEmbodiment:
             noise_level=settings.noise_level,
             noise_std_range=settings.noise_std_range,
             precision=settings.precision,
+            compile=settings.compile,
             device=device,
         )
 

@@ -99,7 +99,7 @@ class ActionSample:
     log_prob: Tensor
     """float32 [B]: log-probability of the stochastic transition(s), zero for a deterministic sample."""
     value: Tensor
-    """float32 [B]: critic."""
+    """float32 [B]: critic; a policy may leave it zero in a sample without exploration, which nobody learns from."""
     chain: Mapping[str, Tensor]
     """All that ``Policy.evaluate`` needs to recompute ``log_prob`` and ``value``, every tensor with leading B."""
 

@@ -43,7 +43,12 @@ def load_served_policy(folder: Path, denoise_steps: int, action_chunk: int, prec
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_policy(
-        folder, denoise_steps=denoise_steps, action_chunk=action_chunk, precision=precision, device=device
+        folder,
+        denoise_steps=denoise_steps,
+        action_chunk=action_chunk,
+        precision=precision,
+        compile="auto",
+        device=device,
     )
 
 

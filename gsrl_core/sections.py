@@ -224,6 +224,8 @@ class PolicyConfig(Section):
     sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     """Expected digest of model.safetensors; checked after the download."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: Literal["auto", "never"] = "auto"
+    """auto infers with compiled kernels and CUDA graphs on a GPU; never, with the network as it is written."""
     denoise_steps: int = Field(5, ge=1, le=100)
     action_chunk: int = Field(5, ge=1, le=100)
     """Actions executed per decision; at most the checkpoint's horizon."""
@@ -304,6 +306,9 @@ class PpoConfig(Section):
     critic_warmup_iterations: int = Field(0, ge=0)
     """First iterations that train the value head alone."""
     normalize_advantages: bool = True
+    prefix_cache: Literal["auto", "device", "host", "recompute"] = "auto"
+    """Where what the frozen part makes of the pictures waits for the update; auto takes the first of them that its
+    memory estimate (logged) allows."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between checkpoints; a killed run loses at most these."""
     eval_every: int = Field(0, ge=0)

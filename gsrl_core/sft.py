@@ -258,6 +258,8 @@ def _start(
 ) -> _Parts:
     if init is not None:
         sizes = read_config(init)
+        if sizes.family != "pi05":
+            raise CheckpointError(f"{init} is a {sizes.family} checkpoint; supervised fine-tuning knows pi05 only")
         network, _, carried = load_network(init, sizes, "float32", device)
         # Its own statistics: with others the weights would mean other motions.
         parts = _Parts(network, load_tokenizer(init, sizes), *read_norm_stats(init), carried)

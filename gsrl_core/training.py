@@ -49,6 +49,8 @@ class TrainingWorker:
             spec.embodiment.make_env(spec.num_envs // spec.stages, render_device)
             for _ in range(spec.stages if spec.num_envs else 0)
         ]
+        samples = spec.num_envs * spec.ppo.rollout_epochs * spec.max_chunks
+        self._policy.keep_prefixes(spec.ppo.prefix_cache, samples, spec.ppo.micro_batch)
         self._collective: SingleProcess | ProcessGroup = SingleProcess()
         self._learner = self._new_learner() if spec.learns else None
         self._publisher, self._receiver = WeightPublisher(), WeightReceiver()

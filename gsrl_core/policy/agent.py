@@ -7,7 +7,7 @@ keys, values and pooled features, travels in the sample's chain and is never com
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,47 +17,24 @@ from gsrl_core.errors import CheckpointError
 from gsrl_core.interfaces import ActionSample, Evaluation, Observation
 from gsrl_core.policy import flow
 from gsrl_core.policy.config import IMAGE_SLOTS
-from gsrl_core.policy.pi05 import Pi05, PrefixCache
+from gsrl_core.policy.fast import FastNetwork
+from gsrl_core.policy.pi05 import Pi05
+from gsrl_core.policy.prompt import Prompt, pack
+from gsrl_core.policy.sampler import Sampler, Sampling
+from gsrl_core.policy.storage import PrefixStore
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import (
     FieldStats,
     Normalizer,
     discretize_state,
+    pad_last,
     resize_with_pad,
     to_network_range,
 )
-from gsrl_core.policy.value import ValueHead, masked_mean
+from gsrl_core.policy.value import ValueHead
 
 TEXT_BLOCK = 16
 """Chains reserve room for the prompt in multiples of this, so that samples of different chunks can be stacked."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How actions are drawn."""
-
-    denoise_steps: int
-    action_chunk: int
-    """Actions executed of the horizon; log-probabilities count these only."""
-    noise_method: Literal["flow_sde", "flow_noise"] = "flow_sde"
-    noise_level: float = 0.5
-    """Flow-SDE."""
-    noise_std_range: tuple[float, float] = (0.08, 0.16)
-    """Flow-Noise."""
-
-
-@dataclass(frozen=True)
-class PromptInputs:
-    """An observation in the network's terms."""
-
-    images: dict[str, Tensor]
-    """slot -> float32 [B, 3, S, S] in [-1, 1]."""
-    masks: dict[str, Tensor]
-    """slot -> bool [B], on the host."""
-    tokens: Tensor
-    """int64 [B, T]."""
-    token_mask: Tensor
-    """bool [B, T], on the host."""
 
 
 def require_horizon(action_chunk: int, horizon: int) -> None:
@@ -82,8 +59,21 @@ class Pi05Policy:
         action_stats: FieldStats,
         sampling: Sampling,
         carried: Mapping[str, Tensor] | None = None,
+        *,
+        fast: bool = False,
     ) -> None:
-        """Take the parts, on one device; ``carried`` are tensors that only pass through to the next checkpoint.
+        """Take the parts, on one device.
+
+        Args:
+            network: in evaluation.
+            value_head: the critic.
+            noise_head: of Flow-Noise.
+            tokenizer: of the prompt.
+            state_stats: of the training data.
+            action_stats: likewise.
+            sampling: how actions are drawn.
+            carried: tensors that only pass through to the next checkpoint.
+            fast: infer with :mod:`gsrl_core.policy.fast`, which knows pi0.5 only.
 
         Raises:
             CheckpointError: the parts do not fit each other.
@@ -92,7 +82,7 @@ class Pi05Policy:
         if (sampling.noise_method == "flow_noise") != (noise_head is not None):
             raise CheckpointError("a noise head belongs to noise_method 'flow_noise', and to it only")
         self.network, self.value_head, self.noise_head = network, value_head, noise_head
-        self.tokenizer, self.sampling = tokenizer, sampling
+        self.tokenizer, self.sampling, self.store = tokenizer, sampling, PrefixStore()
         mode = network.config.normalization
         self.state_normalizer, self.action_normalizer = Normalizer(state_stats, mode), Normalizer(action_stats, mode)
         self.carried = dict(carried or {})
@@ -105,6 +95,9 @@ class Pi05Policy:
         network.requires_grad_(False)
         for parameter in (*self._actor.values(), *self._critic.values()):
             parameter.requires_grad_(True)
+        quick = fast and network.config.family == "pi05"
+        twin = FastNetwork(network, sampling.denoise_steps) if quick else None
+        self._sampler = Sampler(network, value_head, noise_head, sampling, self.action_dim, twin)
 
     @property
     def device(self) -> torch.device:
@@ -131,49 +124,44 @@ class Pi05Policy:
 
     @torch.no_grad()
     def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> ActionSample:
-        """Sample a chunk: Flow-SDE or Flow-Noise if ``explore``, else the ODE (log_prob zero, chain empty).
+        """Sample a chunk: Flow-SDE or Flow-Noise if ``explore``, else the ODE (log_prob and value zero, chain empty).
 
         Everything random comes from ``generator``, on its own device, so a CPU generator gives the same draws to a
         policy on any device.
         """
-        prefix = self.prefix(observation)
-        pooled = masked_mean(prefix.hidden, prefix.valid)
-        value = self.value_head(pooled)
-        batch, config = pooled.shape[0], self.network.config
-        noise = self._normal((batch, config.horizon, config.action_dim), generator)
+        prompt, config = self.prompt(observation), self.network.config
+        draws = {"noise": self._normal((len(prompt), config.horizon, config.action_dim), generator)}
         if not explore:
-            x = flow.sample_ode(lambda x, t: self.network.velocity(prefix, x, t), noise, self.sampling.denoise_steps)
-            return ActionSample(self._actions(x), value.new_zeros(batch), value, {})
-        chain = self._stored(prefix, pooled, observation)
-        explored = self._explore_sde if self.sampling.noise_method == "flow_sde" else self._explore_joint
-        x, log_prob, steps = explored(prefix, noise, generator)
-        return ActionSample(self._actions(x), log_prob, value, chain | steps)
+            x = self._sampler("ode", prompt, draws)["x"]
+            zero = x.new_zeros(len(prompt))
+            return ActionSample(self._actions(x), zero, zero, {})
+        found = self._sampler("explore", prompt, draws | self._explore_draws(draws["noise"], generator))
+        chain = {name: found[name] for name in ("x_k", "x_next", "step", "x_chain") if name in found}
+        chain |= {} if prompt.state is None else {"state": prompt.state}
+        chain |= self.store.keep(prompt, found, self._columns(observation))
+        return ActionSample(self._actions(found["x"]), found["log_prob"], found["value"], chain)
 
     def evaluate(self, chain: Mapping[str, Tensor]) -> Evaluation:
         """Log-probability, entropy and value of stored samples, with gradients to the trainable parameters."""
-        chain = {name: tensor.to(self.device) for name, tensor in chain.items()}
-        columns = int(chain["prefix_valid"].any(dim=0).nonzero().amax()) + 1
-        prefix = PrefixCache.restore(
-            chain["prefix_keys"][..., :columns, :],
-            chain["prefix_values"][..., :columns, :],
-            chain["prefix_valid"][:, :columns],
-        )
-        log_prob, entropy = self._log_prob(prefix, chain)
+        chain = {name: tensor.to(self.device, non_blocking=True) for name, tensor in chain.items()}
+        prefix = self.store.fetch(chain, self._sampler.run_prefix)
+        log_prob, entropy = self._sampler.log_prob(prefix, chain)
         return Evaluation(log_prob, entropy, self.value_head(chain["pooled"]))
 
     @torch.no_grad()
     def value(self, observation: Observation) -> Tensor:
         """The critic alone, float32 [B]."""
-        prefix = self.prefix(observation)
-        return self.value_head(masked_mean(prefix.hidden, prefix.valid))
+        return self._sampler("value", self.prompt(observation), {})["value"]
 
-    def prefix(self, observation: Observation) -> PrefixCache:
-        """The prefix of an observation."""
-        inputs = self.inputs(observation)
-        return self.network.embed_prefix(inputs.images, inputs.masks, inputs.tokens, inputs.token_mask)
+    def keep_prefixes(
+        self, where: Literal["auto", "device", "host", "recompute"], samples: int, micro_batch: int
+    ) -> None:
+        """Say how the chains of ``samples`` samples are kept until updates in passes of ``micro_batch``."""
+        trained = sum(parameter.numel() for group in (self._actor, self._critic) for parameter in group.values())
+        self.store = PrefixStore(where, samples, micro_batch, trained)
 
-    def inputs(self, observation: Observation) -> PromptInputs:
-        """Pictures, prompt and state as the network takes them.
+    def prompt(self, observation: Observation) -> Prompt:
+        """Pictures, prompt and state as the network takes them, without what nobody attends to.
 
         The cameras fill openpi's slots in the order of ``observation.rgb``: base, left wrist, right wrist.
         """
@@ -194,56 +182,18 @@ class Pi05Policy:
         bins = discretize_state(self.state_normalizer.normalize(observation.state.cpu()))
         tokens, token_mask = self.tokenizer.encode(observation.instruction, bins)
         masks = dict.fromkeys(images, torch.ones(len(tokens), dtype=torch.bool))
-        return PromptInputs(images, masks, tokens.to(self.device), token_mask)
+        packed = pack(images, masks, tokens.to(self.device), token_mask, self.network.config.image_tokens)
+        if self.network.config.family == "pi05":
+            return packed
+        state = self.state_normalizer.normalize(observation.state.to(self.device))
+        return replace(packed, state=pad_last(state, self.network.config.action_dim))
 
-    def _explore_sde(
-        self, prefix: PrefixCache, noise: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        s = self.sampling
-        index = torch.randint(s.denoise_steps, noise.shape[:1], generator=generator, device=generator.device)
-        index = index.to(noise.device)
-        innovation = self._normal(noise.shape, generator)
-        x, before, after, log_prob = flow.sample_sde(
-            lambda x, t: self.network.velocity(prefix, x, t), noise, innovation, index, s.denoise_steps, s.noise_level
-        )
-        return x, self._executed(log_prob), {"x_k": before, "x_next": after, "step": index}
-
-    def _explore_joint(
-        self, prefix: PrefixCache, noise: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _explore_draws(self, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         steps = self.sampling.denoise_steps
-        innovations = self._normal((noise.shape[0], steps, *noise.shape[1:]), generator)
-        chain, log_prob = flow.sample_joint(lambda x, t: self._noisy_velocity(prefix, x, t), noise, innovations, steps)
-        log_prob = torch.stack([self._executed(step) for step in log_prob.unbind(dim=1)])
-        return chain[:, -1], log_prob.mean(dim=0), {"x": chain}
-
-    def _log_prob(self, prefix: PrefixCache, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        s = self.sampling
-        if s.noise_method == "flow_sde":
-            mean, std = flow.sde_step(
-                lambda x, t: self.network.velocity(prefix, x, t),
-                chain["x_k"], chain["step"], s.denoise_steps, s.noise_level,
-            )  # fmt: skip
-            log_prob = flow.gaussian_log_prob(chain["x_next"], mean, std)
-            return self._executed(log_prob), self._executed(flow.gaussian_entropy(std))
-        x = chain["x"]
-        unit = torch.ones_like(x[:, 0])
-        log_probs = [self._executed(flow.gaussian_log_prob(x[:, 0], torch.zeros_like(unit), unit))]
-        entropies = [self._executed(flow.gaussian_entropy(unit))]
-        for i in range(s.denoise_steps):
-            mean, std = flow.joint_step(lambda x, t: self._noisy_velocity(prefix, x, t), x[:, i], i, s.denoise_steps)
-            log_probs.append(self._executed(flow.gaussian_log_prob(x[:, i + 1], mean, std)))
-            entropies.append(self._executed(flow.gaussian_entropy(std)))
-        # pi_RL takes the mean over the N + 1 terms of the joint density, not the sum.
-        return torch.stack(log_probs).mean(dim=0), torch.stack(entropies).mean(dim=0)
-
-    def _noisy_velocity(self, prefix: PrefixCache, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.network.suffix(prefix, x, t)
-        return self.network.project(hidden), self.noise_head(hidden)
-
-    def _executed(self, elementwise: Tensor) -> Tensor:
-        """Sum [B, H, A] over what is executed: padding and the rest of the horizon carry no gradient."""
-        return elementwise[:, : self.horizon, : self.action_dim].sum(dim=(1, 2))
+        if self.sampling.noise_method == "flow_noise":
+            return {"innovation": self._normal((len(noise), steps, *noise.shape[1:]), generator)}
+        step = torch.randint(steps, noise.shape[:1], generator=generator, device=generator.device)
+        return {"step": step.to(noise.device), "innovation": self._normal(noise.shape, generator)}
 
     def _actions(self, x: Tensor) -> Tensor:
         return self.action_normalizer.denormalize(x[:, : self.horizon])
@@ -251,16 +201,8 @@ class Pi05Policy:
     def _normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device).to(self.device)
 
-    def _stored(self, prefix: PrefixCache, pooled: Tensor, observation: Observation) -> dict[str, Tensor]:
-        """The prefix padded to a length that depends on the sentences alone, not on this batch's states."""
+    def _columns(self, observation: Observation) -> int:
+        """Prefix tokens, padded to a length that depends on the sentences alone, not on this batch's states."""
         width = self.state_normalizer.width
         longest = max(self.tokenizer.prompt_length(text, width) for text in set(observation.instruction))
-        blocks = -(-longest // TEXT_BLOCK) * TEXT_BLOCK
-        total = len(observation.rgb) * self.network.config.image_tokens + blocks
-        missing = total - prefix.valid.shape[1]
-        return {
-            "prefix_keys": nn.functional.pad(prefix.keys, (0, 0, 0, missing)),
-            "prefix_values": nn.functional.pad(prefix.values, (0, 0, 0, missing)),
-            "prefix_valid": nn.functional.pad(prefix.valid, (0, missing)),
-            "pooled": pooled,
-        }
+        return len(observation.rgb) * self.network.config.image_tokens + -(-longest // TEXT_BLOCK) * TEXT_BLOCK

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.agent import Pi05Policy, Sampling, require_horizon
+from gsrl_core.policy.agent import Pi05Policy, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
 from gsrl_core.policy.flow import NoiseHead
-from gsrl_core.policy.keys import HEADS, check_names, published, sort_tensors
+from gsrl_core.policy.keys import HEADS, canonical, check_names, published, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
+from gsrl_core.policy.sampler import Sampling
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, norm_stats_from_json, norm_stats_to_json
 from gsrl_core.policy.value import ValueHead
@@ -29,6 +30,11 @@ from gsrl_core.policy.value import ValueHead
 logger = logging.getLogger(__name__)
 
 ASSET_ID = "fr3"
+WEIGHTS = (
+    "model.safetensors", "full_weights.pt", "model_state_dict/full_weights.pt",
+    "actor/model_state_dict/full_weights.pt",
+)  # fmt: skip
+"""Where weights are looked for, in this order: openpi's and lerobot's, then RLinf's."""
 TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
 OPENPI_TOKENIZER = Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model")
 """Where openpi keeps the tokenizer that its checkpoints do not bring."""
@@ -47,19 +53,21 @@ def load_policy(
     noise_level: float = 0.5,
     noise_std_range: tuple[float, float] = (0.08, 0.16),
     precision: Literal["float32", "bfloat16"] = "float32",
+    compile: Literal["auto", "never"] = "never",
     device: torch.device | str = "cpu",
 ) -> Pi05Policy:
     """Read a checkpoint folder; heads that it does not bring start fresh, from a fixed seed.
 
     Args:
-        folder: openpi layout (norm_stats.json in assets/<id>/, <id>/ or beside), or a lerobot pi05 folder with a
-            tokenizer added.
+        folder: openpi layout (norm_stats.json in assets/<id>/, <id>/ or beside; weights in model.safetensors or
+            RLinf's full_weights.pt), or a lerobot pi05 or pi0 folder with a tokenizer added.
         denoise_steps: integration steps N.
         action_chunk: actions executed per decision, at most the checkpoint's horizon.
         noise_method: how exploration noise enters.
         noise_level: of Flow-SDE.
         noise_std_range: of Flow-Noise.
         precision: of the frozen weights and the activations; trained weights stay float32.
+        compile: ``auto`` infers with compiled kernels on a GPU, ``never`` with the network as it is written.
         device: where to put everything.
 
     Raises:
@@ -76,7 +84,10 @@ def load_policy(
     if noise_head is not None:
         _load_head(noise_head, "noise_head.", heads, folder)
         noise_head.to(device)
-    return Pi05Policy(network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried)
+    fast = compile == "auto" and torch.device(device).type == "cuda"
+    return Pi05Policy(
+        network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried, fast=fast
+    )
 
 
 def save_checkpoint(folder: Path, policy: Pi05Policy, *, card: str = "") -> None:
@@ -108,7 +119,9 @@ def write_checkpoint(
     card: str,
 ) -> None:
     """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
-    tensors = {published(name): tensor for name, tensor in network.state_dict().items()} | dict(carried)
+    family = network.config.family
+    tensors = {published(name, family): _as_stored(network, name, t) for name, t in network.state_dict().items()}
+    tensors |= dict(carried)
     with replacing(folder, _FILES) as fresh:
         save_tensors(fresh / "model.safetensors", tensors)
         if heads:
@@ -140,6 +153,10 @@ def read_config(folder: Path) -> Pi05Config:
         return config_from_json({"action_horizon": 5, "discrete_state_input": False})
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object")
+    if not {"architecture", "type", "pi05"} & set(values) and weights_file(folder).is_file():
+        # openpi's converter does not say which of the two it is, but only pi0 projects the state.
+        names = {canonical(name) for name in tensor_header(weights_file(folder))}
+        values = {**values, "pi05": "state_proj.weight" not in names}
     return config_from_json(values)
 
 
@@ -147,7 +164,7 @@ def load_network(
     folder: Path, config: Pi05Config, precision: str, device: torch.device | str
 ) -> tuple[Pi05, dict[str, Tensor], dict[str, Tensor]]:
     """The network, the heads' tensors and the carried tensors of ``folder``. Raises CheckpointError."""
-    path = folder / "model.safetensors"
+    path = weights_file(folder)
     tensors, heads, carried = sort_tensors(load_tensors(path))
     if (folder / "heads.safetensors").is_file():
         heads |= load_tensors(folder / "heads.safetensors")
@@ -157,6 +174,7 @@ def load_network(
     check_names(tensors, network.state_dict(), str(path))
     placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
     network.load_state_dict(placed, assign=True)
+    network.stored_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return network.eval(), heads, carried
 
 
@@ -173,7 +191,7 @@ def check_checkpoint(folder: Path, *, action_chunk: int, noise_method: str) -> N
             tokenizer or ``action_chunk`` do not fit config.json.
     """
     config = read_config(folder)
-    path = folder / "model.safetensors"
+    path = weights_file(folder)
     network, heads, _ = sort_tensors(tensor_header(path))
     if (folder / "heads.safetensors").is_file():
         heads |= tensor_header(folder / "heads.safetensors")
@@ -228,6 +246,18 @@ def read_norm_stats(folder: Path) -> tuple[FieldStats, FieldStats]:
         f"{folder} has no norm_stats.json (looked in it, in assets/<id>/ and in <id>/); copy it from the training run: "
         "with other statistics the policy would command wrong motions"
     )
+
+
+def weights_file(folder: Path) -> Path:
+    """model.safetensors, or what RLinf's trainer leaves behind."""
+    return next((path for name in WEIGHTS if (path := folder / name).is_file()), folder / WEIGHTS[0])
+
+
+def _as_stored(network: Pi05, name: str, tensor: Tensor) -> Tensor:
+    """In the dtype that the tensor was read in, where that loses nothing: what was not trained is written as it was."""
+    dtype = network.stored_dtypes.get(name, tensor.dtype)
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Sizes of the pi0.5 network: one architecture, several widths."""
+"""Sizes of the network: pi0.5 and pi0, several widths."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ IMAGE_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 class Pi05Config:
     """Everything that decides the shape of the network and of its inputs. Defaults are the published 3.6 B model."""
 
+    family: Literal["pi05", "pi0"] = "pi05"
+    """pi0 has a token of the state before the actions, and time enters with the actions instead of the norms."""
     image_size: int = 224
     patch_size: int = 14
     vision_width: int = 1152
@@ -94,6 +96,7 @@ def config_to_json(config: Pi05Config) -> dict[str, Any]:
         "max_token_len": config.max_token_len,
         "discrete_state_input": config.discrete_state,
         "use_quantile_norm": config.normalization == "quantile",
+        "pi05": config.family == "pi05",
         "architecture": dataclasses.asdict(config),
     }
 
@@ -102,19 +105,22 @@ def config_from_json(values: Mapping[str, Any]) -> Pi05Config:
     """Read config.json as written here, by openpi's converter, or by lerobot.
 
     Raises:
-        CheckpointError: unknown architecture key, a value of the wrong type, or a variant that is not pi0.5.
+        CheckpointError: unknown architecture key, a value of the wrong type, or a variant of neither pi0.5 nor pi0.
     """
     if "architecture" in values:
         return _from_architecture(values["architecture"])
-    for key, only in (("paligemma_variant", "gemma_2b"), ("action_expert_variant", "gemma_300m"), ("type", "pi05")):
-        if values.get(key, only) != only:
-            raise CheckpointError(f"config.json: {key} is {values[key]!r}; allowed: {only!r}")
+    allowed = {"paligemma_variant": ("gemma_2b",), "action_expert_variant": ("gemma_300m",), "type": ("pi05", "pi0")}
+    for key, legal in allowed.items():
+        if values.get(key, legal[0]) not in legal:
+            raise CheckpointError(f"config.json: {key} is {values[key]!r}; allowed: {', '.join(map(repr, legal))}")
+    old = values.get("type") == "pi0" or values.get("pi05") is False
     known: dict[str, Any] = {
+        "family": "pi0" if old else "pi05",
         "action_dim": values.get("action_dim", values.get("max_action_dim", 32)),
         "horizon": values.get("action_horizon", values.get("chunk_size")),
-        "max_token_len": values.get("max_token_len", values.get("tokenizer_max_length", 200)),
-        "discrete_state": values.get("discrete_state_input", True),
-        "normalization": "quantile" if values.get("use_quantile_norm", True) else "mean_std",
+        "max_token_len": values.get("max_token_len", values.get("tokenizer_max_length", 48 if old else 200)),
+        "discrete_state": values.get("discrete_state_input", not old),
+        "normalization": "quantile" if values.get("use_quantile_norm", not old) else "mean_std",
     }
     if known["horizon"] is None:
         raise CheckpointError("config.json: neither action_horizon nor chunk_size is given; add action_horizon")

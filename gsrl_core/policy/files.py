@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -19,13 +20,20 @@ from gsrl_core.errors import CheckpointError
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises CheckpointError."""
+    """The tensors of a safetensors file, or of a state dictionary in a ``.pt`` file, on the CPU.
+
+    Raises:
+        CheckpointError: missing, broken, or something else than tensors by name.
+    """
     with _readable(path):
-        return load_file(path)
+        return _state_dict(path, "cpu") if path.suffix == ".pt" else load_file(path)
 
 
 def tensor_header(path: Path) -> dict[str, Tensor]:
     """The same without numbers (meta device), after the file's length was found to be right. Raises CheckpointError."""
+    if path.suffix == ".pt":
+        with _readable(path):
+            return _state_dict(path, "meta")
     with _readable(path), safe_open(path, "pt") as file:
         return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
 
@@ -34,10 +42,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+        save_file({name: _whole(tensor) for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _state_dict(path: Path, device: str) -> dict[str, Tensor]:
+    # Only tensors and containers: a pickle of anything else could run code.
+    content = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError("it does not hold tensors by name")
+    return dict(content)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous and with memory of its own (safetensors refuses views of one block)."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def require_replaceable(folder: Path) -> Path:
@@ -96,5 +118,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"no weights at {path}")
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        kind = "state dictionary" if path.suffix == ".pt" else "safetensors file"
+        raise CheckpointError(f"{path} is not a readable {kind} ({error}); fetch it again") from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -45,6 +46,14 @@ def sde_table(steps: int, noise_level: float) -> tuple[Tensor, Tensor, Tensor]:
     delta = 1.0 / steps
     w1 = later - sigma.square() * delta / (2.0 * t)
     return (1.0 - later).float(), w1.float(), (sigma * math.sqrt(delta)).float()
+
+
+@lru_cache(maxsize=64)
+def _tables(steps: int, noise_level: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(t [N + 1], w0, w1, std [N]) on a device, made once: a CUDA graph must not copy from the host."""
+    # A server that runs in inference mode must not leave tensors behind that training cannot use.
+    with torch.inference_mode(False):
+        return tuple(table.to(device) for table in (timesteps(steps), *sde_table(steps, noise_level)))
 
 
 def transition_mean(x: Tensor, v: Tensor, t: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
@@ -91,8 +100,7 @@ def sample_sde(
     Returns:
         Actions x_0, the stochastic transition (x_k, x_{k+1}), and its elementwise log-probability, each [B, H, A].
     """
-    tau = timesteps(steps).to(noise.device)
-    w0, w1, std = (table.to(noise.device) for table in sde_table(steps, noise_level))
+    tau, w0, w1, std = _tables(steps, noise_level, noise.device)
     x, before, after = noise, torch.empty_like(noise), torch.empty_like(noise)
     for i in range(steps):
         t = tau[i].expand(x.shape[0])
@@ -112,8 +120,7 @@ def sample_sde(
 
 def sde_step(velocity: Velocity, x_k: Tensor, index: Tensor, steps: int, noise_level: float) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, H, A] of the Flow-SDE transition that leaves ``x_k`` at step ``index`` [B]."""
-    t = timesteps(steps).to(x_k.device)[index]
-    w0, w1, std = (table.to(x_k.device)[index] for table in sde_table(steps, noise_level))
+    t, w0, w1, std = (table[index] for table in _tables(steps, noise_level, x_k.device))
     mean = transition_mean(x_k, velocity(x_k, t), t, w0, w1)
     return mean, std[:, None, None].expand_as(mean)
 

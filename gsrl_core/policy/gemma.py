@@ -40,7 +40,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """[B, N, W] -> the same, and no gate (``condition`` is for the adaptive twin)."""
-        return (_unit_rms(x) * (1.0 + self.weight.float())).to(x.dtype), None
+        return (unit_rms(x) * (1.0 + self.weight.float())).to(x.dtype), None
 
 
 class AdaptiveRmsNorm(nn.Module):
@@ -53,10 +53,11 @@ class AdaptiveRmsNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, W] with float32 condition [B, C] -> normalised [B, N, W] and gate [B, 1, W]."""
         scale, shift, gate = self.dense(condition).unsqueeze(1).chunk(3, dim=-1)
-        return (_unit_rms(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+        return (unit_rms(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
-def _unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """X / rms(x) over the last axis, float32."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
 
@@ -131,6 +132,12 @@ class GemmaAttention(nn.Module):
         q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return apply_rotary(q, table), apply_rotary(k, table), v
 
+    def keys_values(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same without queries."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return apply_rotary(k, table), v
+
 
 class GemmaMlp(nn.Module):
     """down(gelu_tanh(gate(x)) * up(x))."""
@@ -184,6 +191,10 @@ class GemmaLayer(nn.Module):
         x = _gated(x, self.self_attn.o_proj(grouped_attention(queries, *seen, key_mask)), gate)
         normed, gate = self.post_attention_layernorm(x, condition)
         return _gated(x, self.mlp(normed), gate), keys, values
+
+    def keys_values(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, N, D] alone, of hidden states [B, N, W] under plain norms."""
+        return self.self_attn.keys_values(self.input_layernorm(x)[0], table)
 
 
 def _gated(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from gsrl_core.errors import CheckpointError
@@ -18,7 +19,7 @@ HEADS = ("value_head.", "noise_head.")
 
 _PALIGEMMA = r"^paligemma_with_expert\.paligemma\."
 _SPELLINGS = (
-    (r"^model\.(?=paligemma_with_expert|action_|time_mlp|value_head|noise_head)", ""),
+    (r"^model\.(?=paligemma_with_expert|action_|time_mlp|state_proj|value_head|noise_head)", ""),
     (r"^action_time_mlp_", "time_mlp_"),
     (_PALIGEMMA + r"language_model\.lm_head\.", "paligemma_with_expert.paligemma.lm_head."),
     (_PALIGEMMA + r"language_model\.model\.", "paligemma_with_expert.paligemma.model.language_model."),
@@ -37,19 +38,27 @@ def canonical(name: str) -> str:
     return EMBEDDING if name == TIED_EMBEDDING else name
 
 
-def published(name: str) -> str:
+def published(name: str, family: str = "pi05") -> str:
     """The name that a file gets."""
+    if family == "pi0":
+        name = re.sub("^time_mlp_", "action_time_mlp_", name)
     return TIED_EMBEDDING if name == EMBEDDING else name
 
 
 def sort_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of a file as (network, heads, carried), under canonical names."""
+    """Tensors of a file as (network, heads, carried), under canonical names.
+
+    Raises:
+        CheckpointError: a tensor is there under two names, and they differ.
+    """
     network: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     carried: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         name = canonical(name)
         part = carried if name == UNUSED else heads if name.startswith(HEADS) else network
+        if name in part and not _same(part[name], tensor):
+            raise CheckpointError(f"{name} is stored twice, under two spellings, and they differ; keep the right one")
         part[name] = tensor
     return network, heads, carried
 
@@ -79,6 +88,10 @@ def check_names(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
             f"{source} does not fit the architecture. {'; '.join(problems)}. Check that config.json belongs to these "
             "weights and that the download is complete"
         )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and (first.is_meta or torch.equal(first, second))
 
 
 def _listed(names: Iterable[str]) -> str:

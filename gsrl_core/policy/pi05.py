@@ -1,5 +1,9 @@
 """The pi0.5 network (https://arxiv.org/abs/2504.16054): SigLIP + Gemma prefix, and a flow-matching action expert.
 
+pi0 (https://arxiv.org/abs/2410.24164) is the same but for two things: time is mixed into the actions by an MLP instead
+of modulating the expert's norms, and the expert has a token of the state that does not attend to the actions. So its
+keys and values depend on the prefix and the state alone, and :meth:`Pi05.with_state` appends them to the prefix.
+
 The prefix (images, then prompt) attends to itself only, so it is computed once and kept as keys and values; the
 action expert attends to it and to its own H tokens. Parameter names and shapes are those of openpi's PyTorch model.
 
@@ -9,18 +13,21 @@ Axis legend: B batch, S image side, T prompt tokens, N prefix tokens, H horizon,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gsrl_core.policy.config import IMAGE_SLOTS, Pi05Config
+from gsrl_core.policy.config import Pi05Config
 from gsrl_core.policy.gemma import Gemma, GemmaSize, Projection, rotary
+from gsrl_core.policy.prompt import Prompt, pack
 from gsrl_core.policy.siglip import VisionTower
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 """Periods of the time embedding."""
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, H, A], t [B]) -> hidden states float32 [B, H, We]."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class PrefixCache:
     valid: Tensor
     """bool [B, N]."""
     hidden: Tensor | None
-    """[B, N, W] after the final norm; None for a cache restored from a rollout."""
+    """[B, N, W] after the final norm; None where nobody asked for it, and in a cache restored from a rollout."""
     key_mask: Tensor | None
     """``valid`` if anything is masked, else None (the faster attention)."""
 
@@ -51,10 +58,16 @@ class Pi05(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.stored_dtypes: dict[str, torch.dtype] = {}
+        """Of the tensors in the file that they were read from, by name."""
         self.paligemma_with_expert = _PaliGemmaWithExpert(config)
         self.action_in_proj = Projection(config.action_dim, config.expert_width)
         self.action_out_proj = Projection(config.expert_width, config.action_dim)
-        self.time_mlp_in = Projection(config.expert_width, config.expert_width)
+        inputs = config.expert_width
+        if config.family == "pi0":
+            self.state_proj = Projection(config.action_dim, config.expert_width)
+            inputs = 2 * config.expert_width
+        self.time_mlp_in = Projection(inputs, config.expert_width)
         self.time_mlp_out = Projection(config.expert_width, config.expert_width)
 
     @property
@@ -78,78 +91,105 @@ class Pi05(nn.Module):
     def embed_prefix(
         self, images: Mapping[str, Tensor], masks: Mapping[str, Tensor], tokens: Tensor, token_mask: Tensor
     ) -> PrefixCache:
+        """Run the vision tower and the language model; arguments as for :func:`~gsrl_core.policy.prompt.pack`."""
+        return self.run_prefix(pack(images, masks, tokens, token_mask, self.config.image_tokens))
+
+    def run_prefix(self, prompt: Prompt, *, features: bool = True) -> PrefixCache:
         """Run the vision tower and the language model.
 
-        Slots that no sample uses and text columns that no sample fills are not computed. That is exact: masked tokens
-        are attended by nobody and positions count valid tokens only. What is masked decides shapes, so the masks are
-        read on the host: keep them there, and the device is not waited for.
-
         Args:
-            images: slot -> float [B, 3, S, S] in [-1, 1]; slots not given count as masked.
-            masks: slot -> bool [B], on the host.
-            tokens: int64 [B, T], padded on the right.
-            token_mask: bool [B, T], on the host.
+            prompt: what to look at and to read.
+            features: also give ``hidden``. The expert does not see what the last layer makes of its keys and values, so
+                without it that layer's attention and MLP are left out.
         """
-        pieces, valid = [], []
-        for slot in IMAGE_SLOTS:
-            if slot in images and bool(masks[slot].any()):
-                features = self._embed_image(images[slot])
-                pieces.append(features)
-                valid.append(masks[slot][:, None].expand(features.shape[:2]))
-        filled = int(token_mask.any(dim=0).sum())
-        pieces.append(self._embed_tokens(tokens[:, :filled]))
-        valid.append(token_mask[:, :filled])
-        joined = torch.cat(valid, dim=1)
-        complete = bool(joined.all())
-        return self._run_prefix(torch.cat(pieces, dim=1), joined.to(tokens.device), complete)
+        pieces = [*(self._embed_image(image) for image in prompt.images), self.embed_tokens(prompt.tokens)]
+        x = torch.cat(pieces, dim=1)
+        key_mask = prompt.key_mask
+        table = rotary(prompt.valid.long().cumsum(dim=1) - 1, self.config.head_dim)
+        model = self.paligemma.language_model
+        kept = []
+        for layer in model.layers[:-1]:
+            x, *own = layer(x, table, key_mask)
+            kept.append(own)
+        hidden = None
+        if features:
+            x, *own = model.layers[-1](x, table, key_mask)
+            hidden, _ = model.norm(x)
+        else:
+            own = model.layers[-1].keys_values(x, table)
+        keys, values = (torch.stack(part, dim=1) for part in zip(*kept, own, strict=True))
+        return PrefixCache(keys, values, prompt.valid, hidden, key_mask)
 
     def velocity(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t) float32 [B, H, A]; it estimates noise - action. ``x_t`` [B, H, A], ``t`` [B] in (0, 1]."""
         return self.project(self.suffix(prefix, x_t, t))
 
+    def denoiser(self, prefix: PrefixCache) -> Denoiser:
+        """The expert given a prefix."""
+        return lambda x_t, t: self.suffix(prefix, x_t, t)
+
     def suffix(self, prefix: PrefixCache, x_t: Tensor, t: Tensor) -> Tensor:
         """The expert's final hidden states float32 [B, H, We] for noisy actions [B, H, A] at times [B]."""
-        condition = self._embed_time(t)
-        x = self.action_in_proj(x_t.float()).to(self.compute_dtype)
+        x = self.action_in_proj(x_t.float())
+        condition = None
+        if self.config.family == "pi0":
+            wave = sincos_time(t, self.config.expert_width).float()[:, None].expand_as(x)
+            hidden = nn.functional.silu(self.time_mlp_in(torch.cat([x, wave], dim=2)))
+            x = self.time_mlp_out(hidden)
+        else:
+            condition = self.embed_time(t)
+        x, _, _ = self._run_expert(prefix, x.to(self.compute_dtype), condition)
+        return self.expert.norm(x, condition)[0].float()
+
+    def with_state(self, prefix: PrefixCache, state: Tensor) -> PrefixCache:
+        """Of pi0: the prefix followed by the token of the state, float32 [B, A] in network units.
+
+        Its keys and values are the expert's, hence trained: they are never kept with the prefix.
+        """
+        x = self.state_proj(state.float())[:, None].to(self.compute_dtype)
+        _, keys, values = self._run_expert(prefix, x, None)
+        valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(state), 1)], dim=1)
+        joined = (
+            torch.cat([old, torch.stack(own, dim=1).to(old.dtype)], dim=3)
+            for old, own in ((prefix.keys, keys), (prefix.values, values))
+        )
+        return PrefixCache(*joined, valid, None, None if prefix.key_mask is None else valid)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The condition of the adaptive norms float32 [B, We] at times [B]."""
+        wave = sincos_time(t, self.config.expert_width).float()
+        hidden = nn.functional.silu(self.time_mlp_in(wave))
+        return nn.functional.silu(self.time_mlp_out(hidden))
+
+    def _run_expert(
+        self, prefix: PrefixCache, x: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states before the final norm, and each layer's own keys and values."""
         offset = prefix.valid.sum(dim=1, keepdim=True)
         positions = offset + torch.arange(x.shape[1], device=x.device)
         table = rotary(positions, self.config.head_dim)
         key_mask = prefix.key_mask
         if key_mask is not None:
             key_mask = torch.cat([key_mask, key_mask.new_ones(x.shape[:2])], dim=1)
+        keys, values = [], []
         for index, layer in enumerate(self.expert.layers):
-            past = prefix.keys[:, index], prefix.values[:, index]
-            x, _, _ = layer(x, table, key_mask, condition, past)
-        return self.expert.norm(x, condition)[0].float()
+            x, key, value = layer(x, table, key_mask, condition, (prefix.keys[:, index], prefix.values[:, index]))
+            keys.append(key)
+            values.append(value)
+        return x, keys, values
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states of the expert [B, H, We] -> velocity float32 [B, H, A]."""
         return self.action_out_proj(hidden.float())
 
-    def _run_prefix(self, x: Tensor, valid: Tensor, complete: bool) -> PrefixCache:
-        key_mask = None if complete else valid
-        table = rotary(valid.long().cumsum(dim=1) - 1, self.config.head_dim)
-        keys, values = [], []
-        model = self.paligemma.language_model
-        for layer in model.layers:
-            x, key, value = layer(x, table, key_mask)
-            keys.append(key)
-            values.append(value)
-        hidden, _ = model.norm(x)
-        return PrefixCache(torch.stack(keys, dim=1), torch.stack(values, dim=1), valid, hidden, key_mask)
-
     def _embed_image(self, image: Tensor) -> Tensor:
         model = self.paligemma
         return model.multi_modal_projector.linear(model.vision_tower.vision_model(image.to(self.compute_dtype)))
 
-    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [B, T] -> scaled embeddings [B, T, W]."""
         embedded = self.paligemma.language_model.embed_tokens(tokens).to(self.compute_dtype)
         return embedded * math.sqrt(self.config.width)
-
-    def _embed_time(self, t: Tensor) -> Tensor:
-        wave = sincos_time(t, self.config.expert_width).float()
-        hidden = nn.functional.silu(self.time_mlp_in(wave))
-        return nn.functional.silu(self.time_mlp_out(hidden))
 
 
 def sincos_time(t: Tensor, width: int) -> Tensor:
@@ -215,6 +255,6 @@ class _GemmaExpert(nn.Module):
             config.heads,
             config.kv_heads,
             config.head_dim,
-            condition_width=config.expert_width,
+            condition_width=config.expert_width if config.family == "pi05" else 0,
         )
         self.model = Gemma(size)

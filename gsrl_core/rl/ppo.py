@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class TrainablePolicy(Policy, Protocol):
 
     def state_dict_trainable(self) -> Mapping[str, Tensor]:
         """The same tensors by name, sharing their memory."""
+        ...
+
+    def keep_prefixes(
+        self, where: Literal["auto", "device", "host", "recompute"], samples: int, micro_batch: int
+    ) -> None:
+        """Say how what its chains hold of ``samples`` samples is kept until updates in passes of ``micro_batch``."""
         ...
 
 
@@ -104,6 +110,8 @@ class Learner:
             ],
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
+            # The others need temporary copies of all parameters.
+            fused=all(parameter.is_cuda for group in self.groups.values() for parameter in group) or None,
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.iteration = 0
@@ -208,21 +216,25 @@ class Learner:
     ) -> Tensor:
         """Gradients of the minibatch's mean loss, of this process's samples; sums of ``_SUMS`` over all processes'."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-        culprits: set[str] = set()
-        for index in mine.split(self.settings.micro_batch):
+        # Read at the end, so that the device is not waited for after every microbatch.
+        sums, healthy, names = [torch.zeros(len(_SUMS), dtype=torch.float64)], [], ()
+        # In the order of storage; a sum does not care.
+        for index in mine.sort().values.split(self.settings.micro_batch):
             loss, named, terms = self._loss(rollout, batch, index, warming_up)
             (loss / minibatch_size).backward()
-            sums += torch.stack([term.detach().double().sum().cpu() for term in terms])
-            culprits |= {name for name, tensor in named.items() if not tensor.detach().isfinite().all()}
-        sums = self.collective.sum(sums)
-        if not sums.isfinite().all():
-            where = f"in {', '.join(sorted(culprits))}" if culprits else "in another process"
+            sums.append(torch.stack([term.detach().double().sum() for term in terms]))
+            healthy.append(torch.stack([tensor.detach().isfinite().all() for tensor in named.values()]))
+            names = tuple(named)
+        total = self.collective.sum(torch.stack([part.cpu() for part in sums]).sum(0))
+        if not total.isfinite().all():
+            whole = torch.stack(healthy).all(0).tolist() if healthy else []
+            culprits = sorted(name for name, good in zip(names, whole, strict=True) if not good)
+            where = f"in {', '.join(culprits)}" if culprits else "in another process"
             raise TrainingError(
                 f"iteration {self.iteration}: non-finite numbers {where}; resume from the last checkpoint with a "
                 "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
             )
-        return sums
+        return total
 
     def _loss(
         self, rollout: Rollout, batch: _Batch, index: Tensor, warming_up: bool
@@ -271,6 +283,8 @@ class Learner:
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
         self.optimizer.step()
+        # The fused optimizer does not count, and copies of the weights are renewed when the count has changed.
+        torch.autograd.graph.increment_version(parameters)
         return float(norm)
 
     def _trained(self) -> list[nn.Parameter]:

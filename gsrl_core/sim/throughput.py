@@ -52,7 +52,7 @@ def expert_actions(physics: Physics, task: Task, specs: Sequence[EpisodeSpec], c
     physics.reset(specs)
     expert, objects = task.expert(), [thing.name for thing in task.bodies]
     for t in range(steps):
-        actions[:, t] = expert.act(privileged(physics.states, objects)).numpy()
+        actions[:, t] = expert(privileged(physics.states, objects)).numpy()
         physics.step(actions[:, t : t + 1], _running(physics))
     return actions
 

@@ -91,12 +91,17 @@ def test_without_exploration_the_ode_is_followed(policy):
     assert not sample.log_prob.any()
     x = torch.randn(3, SMALL.horizon, SMALL.action_dim, generator=generator(7))
     with torch.no_grad():
-        prefix = policy.prefix(observation)
+        prefix = policy.network.run_prefix(policy.prompt(observation))
         for t in (1.0, 2 / 3, 1 / 3):
             x = x - policy.network.velocity(prefix, x, torch.full((3,), t)) / 3
     expected = policy.action_normalizer.denormalize(x[:, :2])
     torch.testing.assert_close(sample.actions, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(policy.value(observation), sample.value)
+    assert not sample.value.any()
+
+
+def test_the_critic_alone_is_the_critic_of_exploration(policy):
+    observation = make_observation(3)
+    torch.testing.assert_close(policy.value(observation), policy.act(observation, generator(), explore=True).value)
 
 
 def test_entropy_is_minus_the_expected_log_prob(policy):

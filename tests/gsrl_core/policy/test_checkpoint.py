@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from gsrl_core.artifacts import digest_folder
 from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.checkpoint import check_checkpoint, load_policy, read_config, read_norm_stats, save_checkpoint
+from gsrl_core.policy.checkpoint import (
+    _stored_dtype,
+    check_checkpoint,
+    load_policy,
+    read_config,
+    read_norm_stats,
+    save_checkpoint,
+)
 from gsrl_core.policy.config import config_from_json, config_to_json, preset
 from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, canonical
 
@@ -99,6 +106,65 @@ def test_other_spellings_load(folder, copy, rename):
 def test_names_are_fixed_points():
     network_names = [TIED_EMBEDDING, "time_mlp_in.weight", "value_head.mlp.0.weight", UNUSED]
     assert [canonical(canonical(name)) for name in network_names] == [canonical(name) for name in network_names]
+
+
+@pytest.mark.parametrize(
+    "place", ["full_weights.pt", "model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"]
+)
+def test_what_rlinf_leaves_behind_loads(folder, copy, place):
+    tensors = load_file(copy / "model.safetensors")
+    # A state dictionary holds tied tensors under both names.
+    tensors[EMBEDDING] = tensors[TIED_EMBEDDING]
+    (copy / "model.safetensors").unlink()
+    (copy / place).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, copy / place)
+    assert same(outputs(folder), outputs(copy))
+    check(copy)
+    torch.save({"model": tensors}, copy / place)
+    with pytest.raises(CheckpointError, match="does not hold tensors by name"):
+        load_policy(copy, **SETTINGS)
+    (copy / place).write_bytes(b"PK nonsense")
+    for read in (lambda: load_policy(copy, **SETTINGS), lambda: check(copy)):
+        with pytest.raises(CheckpointError, match="not a readable state dictionary"):
+            read()
+
+
+def test_code_in_a_pickle_is_not_run(copy, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"time_mlp_in.weight": Attack()}, copy / "full_weights.pt")
+    with pytest.raises(CheckpointError, match="not a readable state dictionary"):
+        load_policy(copy, **SETTINGS)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_spellings_of_different_tensors(copy):
+    rewrite(copy, lambda tensors: tensors | {EMBEDDING: tensors[TIED_EMBEDDING] + 1})
+    with pytest.raises(CheckpointError, match="stored twice, under two spellings"):
+        load_policy(copy, **SETTINGS)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_written_back_is_bit_by_bit_what_was_read(copy, tmp_path, precision):
+    narrow = ("q_proj", "mlp.", "lm_head", "dense", "fc1")
+    rewrite(copy, lambda ts: {n: t.bfloat16() if any(part in n for part in narrow) else t for n, t in ts.items()})
+    if precision == "bfloat16":  # the frozen part is computed in it, so it has to be stored in it
+        rewrite(copy, lambda ts: {n: t.to(_stored_dtype(canonical(n), torch.bfloat16)) for n, t in ts.items()})
+    before = {n: t for n, t in load_file(copy / "model.safetensors").items()}
+    policy = load_policy(copy, **SETTINGS, precision=precision)
+    save_checkpoint(tmp_path / "saved", policy)
+    after = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    # A step that bfloat16 cannot hold is not lost.
+    with torch.no_grad():
+        policy.network.expert.layers[0].self_attn.q_proj.weight.mul_(1 + 1e-4)
+    save_checkpoint(tmp_path / "saved", policy)
+    name = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj.weight"
+    assert load_file(tmp_path / "saved" / "model.safetensors")[name].dtype == torch.float32
 
 
 def test_unused_head_is_carried_through(copy, tmp_path):
@@ -223,7 +289,8 @@ def test_configuration_round_trip_and_foreign_files():
     ("values", "message"),
     [
         ({"paligemma_variant": "gemma_7b", "action_horizon": 5}, "'gemma_7b'; allowed: 'gemma_2b'"),
-        ({"type": "pi0", "chunk_size": 5}, "type is 'pi0'"),
+        ({"type": "act", "chunk_size": 5}, "type is 'act'; allowed: 'pi05', 'pi0'"),
+        ({"architecture": {"family": "pi1"}}, "family is 'pi1'; allowed: pi05, pi0"),
         ({}, "add action_horizon"),
         ({"architecture": {"widht": 3}}, "unknown architecture key 'widht'"),
         ({"architecture": {"width": "wide"}}, "positive integer"),

@@ -113,6 +113,9 @@ class GaussianPolicy(nn.Module):
     def state_dict_trainable(self):
         return self.state_dict()
 
+    def keep_prefixes(self, where, samples, micro_batch):
+        self.kept = where, samples, micro_batch
+
 
 @dataclass(frozen=True)
 class ToyEmbodiment:

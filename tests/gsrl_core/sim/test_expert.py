@@ -45,7 +45,7 @@ def trajectories(iterations, actions=None, steps=32):
         env.reset(seeds)
         for t in range(steps):
             state = env.privileged()
-            played.append(PUT.expert().act(state) if actions is None else actions[t])
+            played.append(PUT.expert()(state) if actions is None else actions[t])
             env.step_chunk(played[-1][:, None])
             state = env.privileged()
             positions.append(torch.stack([state[f"{name}_pose"][:, :3] for name in ("tcp", "cube", "plate")], dim=1))
