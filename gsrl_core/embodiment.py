@@ -45,7 +45,7 @@ class SplatEmbodiment:
         from gsrl_core.policy.checkpoint import load_policy
 
         settings = self.config.policy
-        return load_policy(
+        policy = load_policy(
             self.checkpoint,
             denoise_steps=settings.denoise_steps,
             action_chunk=settings.action_chunk,
@@ -56,6 +56,8 @@ class SplatEmbodiment:
             compile=settings.compile,
             device=device,
         )
+        policy.network.gradient_checkpointing = self.config.ppo.gradient_checkpointing
+        return policy
 
     def make_env(self, num_envs: int, device: torch.device, perturbation: str | None = None) -> VecEnv:
         """The configured task in this scene. Raises SceneError, SimulationError."""

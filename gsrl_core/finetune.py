@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 History = list[dict[str, float]]
 
 # Settings that may change between a run and its resumption without making its past numbers wrong.
-_FREE = {"iterations", "checkpoint_every", "eval_every", "prefix_cache"}
+_FREE = {"iterations", "checkpoint_every", "eval_every", "prefix_cache", "gradient_checkpointing"}
 
 
 def finetune(

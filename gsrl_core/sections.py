@@ -268,6 +268,8 @@ class SftConfig(Section):
     image_augmentation: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; weights and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Run decoder layers again in the backward pass instead of keeping their activations."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between saved states; a killed run loses at most these."""
     seed: Seed = 0
@@ -306,6 +308,8 @@ class PpoConfig(Section):
     critic_warmup_iterations: int = Field(0, ge=0)
     """First iterations that train the value head alone."""
     normalize_advantages: bool = True
+    gradient_checkpointing: bool = False
+    """Run the expert's layers again in the backward pass instead of keeping their activations."""
     prefix_cache: Literal["auto", "device", "host", "recompute"] = "auto"
     """Where what the frozen part makes of the pictures waits for the update; auto takes the first of them that its
     memory estimate (logged) allows."""

@@ -273,6 +273,7 @@ def _start(
         tokenizer = PromptTokenizer(TINY_TOKENIZER, sizes.max_token_len, sizes.discrete_state)
         parts = _Parts(network.to(device), tokenizer, *stats, {})
     parts.network.compute_dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    parts.network.gradient_checkpointing = config.gradient_checkpointing
     return parts
 
 

@@ -108,6 +108,27 @@ def test_every_input_matters_and_gradients_reach_every_weight():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_gradient_checkpointing_runs_layers_twice_and_changes_no_gradient():
+    images, masks, ids, token_mask, x, t = inputs()
+    found = []
+    for checkpointing in (False, True):
+        network, calls = randomised(SMALL), []
+        network.gradient_checkpointing = checkpointing
+        for stack in (network.expert, network.paligemma.language_model):
+            for layer in stack.layers:
+                layer.register_forward_pre_hook(lambda layer, _, calls=calls: calls.append(layer))
+        prefix = network.embed_prefix(images, masks, ids, token_mask)
+        loss = network.velocity(prefix, x, t).square().sum() + prefix.hidden.square().sum()
+        loss.backward()
+        assert len(calls) == 2 * SMALL.depth * (2 if checkpointing else 1)
+        found.append([p.grad for p in network.parameters()])
+        with torch.no_grad():
+            calls.clear()
+            network.embed_prefix(images, masks, ids, token_mask)
+        assert len(calls) == SMALL.depth
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
 def test_time_conditions_the_velocity():
     network = randomised(SMALL)
     images, masks, ids, token_mask, x, t = inputs()
