@@ -229,7 +229,12 @@ def view(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """What this machine has, what it lacks, what each missing thing disables, and the line that installs it."""
+    """What this machine has, what it lacks, what each missing thing disables, and the line that installs it.
+
+    real2sim2real doctor
+
+    real2sim2real doctor --json
+    """
     from gsrl_core.doctor import examine
 
     findings = examine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import socket
@@ -22,12 +23,18 @@ from gsrl_core.splat.ply import write_ply
 MAIN = "import sys; sys.argv[0] = 'real2sim2real'; from flows.cli import main; main()"
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One store for all: its data bases are made once, which takes longer than most of what is tested."""
+    return tmp_path_factory.mktemp("cli") / "home"
+
+
 @pytest.fixture
 def cli(home):
     def call(*arguments, **environment):
         return subprocess.run(
             [sys.executable, "-c", MAIN, *map(str, arguments)],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
             env={**os.environ, "GSRL_HOME": str(home), "COLUMNS": "120", **environment},
         )  # fmt: skip
 
@@ -50,7 +57,7 @@ def test_help_lists_every_command_and_is_quick(cli):
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.returncode == 0
     assert all(f" {command} " in done.stdout for command in COMMANDS)
-    assert min(seconds) < 1.0
+    assert min(seconds) < 3.0
     assert cli().stdout == done.stdout
 
 
@@ -66,14 +73,14 @@ def test_help_loads_nothing_heavy():
 def test_every_command_teaches_by_example(cli, command):
     done = cli(command, "--help")
     assert done.returncode == 0
-    assert command == "doctor" or f"real2sim2real {command}" in done.stdout
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert any(line.startswith(f"real2sim2real {command}") for line in lines)  # "Usage: ..." does not
 
 
 BUNDLED = Path(__file__).parents[2] / "gsrl_core" / "bundled"
 
 
 def photos(folder, count):
-    folder.mkdir()
     for photo in sorted((BUNDLED / "capture_tabletop").glob("*.jpg"))[:count]:
         shutil.copyfile(photo, folder / photo.name)
     return folder
@@ -81,7 +88,6 @@ def photos(folder, count):
 
 def noise_pictures(folder):
     """Six pictures with plenty of texture that have nothing in common."""
-    folder.mkdir()
     for seed in range(6):
         small = np.random.default_rng(seed).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC).save(folder / f"{seed}.png")
@@ -96,7 +102,6 @@ def with_a_corrupt_photo(folder):
 
 
 def truncated_ply(folder):
-    folder.mkdir()
     count = 100
     nothing = Gaussians(
         torch.zeros(count, 3), torch.ones(count, 4), torch.zeros(count, 3), torch.zeros(count), torch.zeros(count, 1, 3)
@@ -107,67 +112,67 @@ def truncated_ply(folder):
 
 
 def checkpoint_without_a_key(folder):
-    shutil.copytree(BUNDLED / "pi05_tiny", folder)
+    shutil.copytree(BUNDLED / "pi05_tiny", folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
     weights.pop(sorted(weights)[0])
     save_file(weights, folder / "model.safetensors")
     return folder
 
 
-def wrong_inputs(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").touch()
-    return {
-        "command": (["nope"], "No such command"),
-        "preset": (["run", "--preset", "huge"], "unknown preset 'huge'"),
-        "key": (["run", "--set", "ppo.learning_rat=1"], "did you mean ppo.learning_rate"),
-        "value": (["run", "--set", "ppo.iterations=-1"], "ppo.iterations"),
-        "type": (["run", "--set", "ppo.iterations=many"], "ppo.iterations"),
-        "assignment": (["run", "--set", "ppo.iterations"], "expected key=value"),
-        "relation": (["run", "--set", "sim.sim_hz=101"], "multiple of control_hz"),
-        "missing option": (["scene"], "--photos"),
-        "no photos": (["scene", "--photos", tmp_path / "nope", "--out", tmp_path / "o"], "there is no capture"),
-        "empty folder": (["scene", "--photos", tmp_path / "empty", "--out", tmp_path / "o"], "is empty"),
-        "one photo": (["scene", "--photos", photos(tmp_path / "one", 1), "--out", tmp_path / "o"], "1 photo;"),
-        "no overlap": (
-            ["scene", "--photos", noise_pictures(tmp_path / "noise"), "--out", tmp_path / "o"],
-            "they do not overlap enough",
-        ),
-        "corrupt photo": (
-            ["scene", "--photos", with_a_corrupt_photo(tmp_path / "torn"), "--out", tmp_path / "o"],
-            "bench_02.jpg: cannot be decoded",
-        ),
-        "truncated ply": (["view", truncated_ply(tmp_path / "ply")], "truncated: 100 Gaussians"),
-        "missing key": (
-            ["run", "--set", f"policy.checkpoint={checkpoint_without_a_key(tmp_path / 'checkpoint')}"],
-            "missing",
-        ),
-        "unreachable hub": (
-            ["run", "--set", "policy.checkpoint=RLinf/nothing-there"],
-            "cannot fetch RLinf/nothing-there",
-        ),
-        "no package": (["verify", "--bundle", tmp_path / "empty"], "MANIFEST.sha256"),
-        "no scene": (["view", tmp_path / "empty"], "neither a scene folder"),
-        "occupied output": (["package", "--out", tmp_path / "full"], "not an empty folder"),
-    }
+def full(folder):
+    (folder / "x").touch()
+    return folder
 
 
-CASES = (
-    "command", "preset", "key", "value", "type", "assignment", "relation", "missing option", "no photos",
-    "empty folder", "one photo", "no overlap", "corrupt photo", "truncated ply", "missing key", "unreachable hub",
-    "no package", "no scene", "occupied output",
-)  # fmt: skip
+def scene_of(capture, out):
+    return ["scene", "--photos", capture, "--out", out]
+
+
+# Arguments, from an empty folder and one that does not exist, and what the one line says.
+CASES = {
+    "command": (lambda folder, out: ["nope"], "No such command"),
+    "preset": (lambda folder, out: ["run", "--preset", "huge"], "unknown preset 'huge'"),
+    "key": (lambda folder, out: ["run", "--set", "ppo.learning_rat=1"], "did you mean ppo.learning_rate"),
+    "value": (lambda folder, out: ["run", "--set", "ppo.iterations=-1"], "ppo.iterations"),
+    "type": (lambda folder, out: ["run", "--set", "ppo.iterations=many"], "ppo.iterations"),
+    "assignment": (lambda folder, out: ["run", "--set", "ppo.iterations"], "expected key=value"),
+    "relation": (lambda folder, out: ["run", "--set", "sim.sim_hz=101"], "multiple of control_hz"),
+    "missing option": (lambda folder, out: ["scene"], "--photos"),
+    "no photos": (lambda folder, out: scene_of(folder / "nope", out), "there is no capture"),
+    "empty folder": (scene_of, "is empty"),
+    "one photo": (lambda folder, out: scene_of(photos(folder, 1), out), "1 photo;"),
+    "no overlap": (lambda folder, out: scene_of(noise_pictures(folder), out), "they do not overlap enough"),
+    "corrupt photo": (
+        lambda folder, out: scene_of(with_a_corrupt_photo(folder), out),
+        "bench_02.jpg: cannot be decoded",
+    ),
+    "truncated ply": (lambda folder, out: ["view", truncated_ply(folder)], "truncated: 100 Gaussians"),
+    "missing key": (
+        lambda folder, out: ["run", "--set", f"policy.checkpoint={checkpoint_without_a_key(folder)}"],
+        "missing",
+    ),
+    "unreachable hub": (
+        lambda folder, out: ["run", "--set", "policy.checkpoint=RLinf/nothing-there"],
+        "cannot fetch RLinf/nothing-there",
+    ),
+    "no package": (lambda folder, out: ["verify", "--bundle", folder], "MANIFEST.sha256"),
+    "no scene": (lambda folder, out: ["view", folder], "neither a scene folder"),
+    "occupied output": (lambda folder, out: ["package", "--out", full(folder)], "not an empty folder"),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_clear_line_and_exit_1(cli, tmp_path, case):
-    arguments, message = wrong_inputs(tmp_path)[case]
-    done = cli(*arguments, HF_ENDPOINT="http://127.0.0.1:9")
+    arguments, message = CASES[case]
+    (tmp_path / "given").mkdir()
+    done = cli(*arguments(tmp_path / "given", tmp_path / "out"), HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert len([line for line in done.stderr.splitlines() if line.startswith("real2sim2real: ")]) == 1
+    assert done.stdout == ""
+    # Nothing else but how far it had come.
+    progress = re.compile(r" *[a-z-]+ +\d+%  \S.*")
+    (line,) = [line for line in done.stderr.splitlines() if not progress.fullmatch(line)]
+    assert line.startswith("real2sim2real: ")
+    assert message in line
 
 
 def test_debug_anywhere_adds_the_traceback(cli):
