@@ -31,6 +31,7 @@ from gsrl_core.geometry.camera import Camera
 from gsrl_core.interfaces import Frames, Rasterizer
 from gsrl_core.sections import CameraConfig, SimConfig
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
+from gsrl_core.sim.tasks import load_task
 from gsrl_core.sim.throughput import RANDOM_MOVE, RANDOM_TURN
 from gsrl_core.splat.raster import make_rasterizer
 from gsrl_core.splat.scene import Scene
@@ -234,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     saved = options.state is not None and options.state.exists()
     record = Record(**json.loads(options.state.read_text())) if saved else Record()
     inspector = Inspector(make_rasterizer(options.rasterizer))
-    with make_env(sim, synthetic_scene().to(default_device()), inspector) as env:
+    with make_env(sim, synthetic_scene(load_task(sim.task)).to(default_device()), inspector) as env:
         soak(env, inspector, record, options)
         save(record, options.state)
     verdict = record.verdict(options.steps)

@@ -87,7 +87,7 @@ def test_a_cube_laid_on_the_plate_is_success(world):
 
 def test_the_plate_stands_on_four_points_and_on_its_rim_when_overturned(world):
     settle(world)
-    plate = world._bodies.plate
+    plate = world._bodies.objects["plate"]
     contacts = [contact for contact in world._bodies.system.get_contacts() if plate in contact.bodies]
     assert [len(contact.points) for contact in contacts] == [4]
     world.place("plate", above_plate(0, 0, 0.01), np.array([0.0, 1, 0, 0]))
