@@ -101,19 +101,19 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self._env, self._every, self._random = env, every, random.Random(0)
         self.kills = 0
+        self.over = threading.Event()
 
     def run(self) -> None:
-        """Until the process ends."""
-        while True:
-            time.sleep(self._random.expovariate(1 / self._every))
+        """Until the soak is over."""
+        while not self.over.wait(self._random.expovariate(1 / self._every)):
             pid = self._random.choice(worker_pids(self._env))
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
             self.kills += 1
-            while pid in worker_pids(self._env):  # its successor gets a chance before the next
-                time.sleep(0.1)
+            while pid in worker_pids(self._env) and not self.over.wait(0.1):
+                pass  # its successor gets a chance before the next
 
 
 class Watchdog(threading.Thread):
@@ -123,11 +123,13 @@ class Watchdog(threading.Thread):
         super().__init__(daemon=True)
         self._seconds = seconds
         self.beat = time.monotonic()
+        self.over = threading.Event()
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Until the soak is over."""
         while time.monotonic() - self.beat < self._seconds:
-            time.sleep(1)
+            if self.over.wait(1):
+                return
         print(json.dumps({"verdict": "failed", "hung": f"no step in {self._seconds:.0f} s"}), flush=True)
         os._exit(1)
 
@@ -163,6 +165,21 @@ def soak(env: GsVecEnv, inspector: Inspector, record: Record, options: argparse.
     watchdog.start()
     if options.kill_every:
         killer.start()
+    try:
+        _play_all(env, inspector, record, options, killer, watchdog)
+    finally:
+        killer.over.set()
+        watchdog.over.set()  # it would end whatever this process does next
+
+
+def _play_all(
+    env: GsVecEnv,
+    inspector: Inspector,
+    record: Record,
+    options: argparse.Namespace,
+    killer: Killer,
+    watchdog: Watchdog,
+) -> None:
     memory: list[tuple[float, float]] = []
     generator = torch.Generator().manual_seed(record.next_seed)
     before, start = Record(**asdict(record)), time.monotonic()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,10 @@ def test_a_soak_is_made_in_pieces(tmp_path, monkeypatch, capsys, home):
     # The first picture of an episode, and one after each chunk of five steps.
     assert second["pictures"] == 2 * first["pictures"] == 4 * (1 + 20)
     assert json.loads(state.read_text())["steps"] == 400
+    for thread in threading.enumerate():  # a watchdog that outlived its soak would end the tests
+        if isinstance(thread, soak.Watchdog):
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_the_killer_kills_a_worker_and_waits_for_its_successor():
@@ -82,6 +87,9 @@ def test_the_killer_kills_a_worker_and_waits_for_its_successor():
     time.sleep(0.3)
     assert killer.kills == 1
     assert killer.is_alive()
+    killer.over.set()
+    killer.join(5)
+    assert not killer.is_alive()
 
 
 def test_the_watchdog_ends_a_run_that_hangs():

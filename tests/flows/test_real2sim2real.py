@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,23 +20,34 @@ import torch
 from gsrl_core.artifacts import Store, digest_folder
 
 MAIN = "import sys; sys.argv[0] = 'real2sim2real'; from flows.cli import main; main()"
+# A stage that is to be killed waits with its artefact written and not yet committed, should it come so far.
+HELD = """
+import time
+from gsrl_core.artifacts import Store
+commit = Store.commit
+def held(self, kind, *rest):
+    if kind == "{kind}":
+        time.sleep(600)
+    return commit(self, kind, *rest)
+Store.commit = held
+"""
 TOY = {
     "capture.max_image_side": 160,
     "capture.sfm_image_side": 640,
     "fit.steps": 140,
-    "fit.max_gaussians": 6000,
+    "fit.max_gaussians": 4000,
     "fit.checkpoint_every": 60,
     "quality.min_psnr": 5,
     "quality.max_scale_residual_mm": 50,
-    "sim.num_envs": 4,
+    "sim.num_envs": 2,
     "sim.workers": 2,
     "sim.max_episode_steps": 50,
     "ppo.iterations": 2,
     "ppo.rollout_epochs": 1,
-    "ppo.global_batch": 16,
-    "ppo.micro_batch": 16,
+    "ppo.global_batch": 10,
+    "ppo.micro_batch": 10,
     "ppo.checkpoint_every": 1,
-    "evaluation.episodes": 4,
+    "evaluation.episodes": 2,
     "evaluation.episodes_per_perturbation": 0,
     "evaluation.videos": 1,
     "release.name": "toy",
@@ -44,6 +58,8 @@ STAGES = (
     "register", "promote",
 )  # fmt: skip
 
+# Of each test: the first one that asks for the completed run makes it too.
+pytestmark = pytest.mark.timeout(2400)
 
 BUNDLED = Path(__file__).parents[2] / "gsrl_core" / "bundled" / "capture_tabletop"
 
@@ -65,16 +81,19 @@ class Runner:
         for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
             self.environment.pop(name, None)
 
-    def start(self, **changes):
+    def start(self, prelude="", **changes):
         sets = [f"--set={key}={json.dumps(value)}" for key, value in {**self.toy, **changes}.items()]
         self.log = (self.home.parent / "run.log").open("w")
         return subprocess.Popen(
-            [sys.executable, "-c", MAIN, "run", *sets], env=self.environment, stdout=self.log, stderr=self.log
+            [sys.executable, "-c", prelude + MAIN, "run", *sets], env=self.environment, stdout=self.log, stderr=self.log
         )
 
     def run(self, code=0, **changes):
         process = self.start(**changes)
-        assert process.wait(timeout=580) == code, self.text()
+        try:
+            assert process.wait(timeout=580) == code, self.text()
+        finally:
+            process.kill()
         assert "Traceback" not in self.text()
         return self.reports()[-1] if self.reports() else None
 
@@ -85,19 +104,32 @@ class Runner:
         found = sorted((self.home / "runs").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
         return [json.loads(path.read_text()) for path in found]
 
-    def kill_when(self, condition):
-        """SIGKILL a run as soon as ``condition`` holds; nothing that it started may live on."""
-        process = self.start()
-        deadline = time.monotonic() + 500
-        while not condition():
-            assert process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.1)
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.wait()
-        _, alive = psutil.wait_procs(family, timeout=30)
+    def kill_when(self, condition, kind):
+        """SIGKILL a run as soon as ``condition`` holds of its process; nothing that it started may live on.
+
+        ``kind``: of the artefact that must not be finished before.
+        """
+        process = self.start(HELD.format(kind=kind))
+        try:
+            deadline = time.monotonic() + 500
+            while not condition(psutil.Process(process.pid)):
+                assert process.poll() is None, self.text()
+                assert time.monotonic() < deadline, self.text()
+                time.sleep(0.05)
+            family = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.kill()
+            process.wait()
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
+        self.no_half_written_artefact()
+
+    def under_way(self, kind):
+        """Something of an artefact has been written."""
+        return any(path.is_file() for path in self.home.glob(f"tmp/{kind}-*/content/**/*"))
+
+    def remembered(self, stage):
+        return len(list(self.home.glob(f"stages/{stage}/*")))
 
     def no_half_written_artefact(self):
         for folder in self.home.glob("objects/*/*"):
@@ -118,44 +150,110 @@ def cached(report):
     return {stage["name"]: stage["cached"] for stage in report["stages"]}
 
 
+@pytest.fixture(scope="module")
+def killed(runner):
+    """What was there after each kill in fit, finetune and release, and the report of the run that then completed."""
+    work, seen = runner.home / "work", SimpleNamespace()
+    runner.kill_when(lambda _: any(work.glob("reconstruct-*/draft/.work/fit.pt")), "reconstruction")
+    seen.reconstructions = runner.remembered("reconstruct")
+    seen.step = torch.load(next(work.glob("reconstruct-*/draft/.work/fit.pt")), weights_only=True)["step"]
+    seen.first_steps = reported_fit_steps(runner)
+
+    runner.kill_when(lambda _: any(work.glob("finetune-*/checkpoint.pt")), "checkpoint")
+    seen.resumed_steps = reported_fit_steps(runner)
+    seen.scenes, seen.tunings = runner.remembered("assemble"), runner.remembered("finetune")
+    seen.history = torch.load(next(work.glob("finetune-*/checkpoint.pt")), weights_only=True)["history"]
+
+    runner.kill_when(lambda _: runner.under_way("package"), "package")
+    seen.tuned, seen.packages = runner.remembered("finetune"), runner.remembered("package")
+
+    seen.report = runner.run()
+    seen.candidate = candidate(runner)
+    seen.tmp, seen.work = list((runner.home / "tmp").glob("*/")), list(work.iterdir())
+    return seen
+
+
+@pytest.fixture
+def report(killed):
+    """Of the run that completed."""
+    return killed.report
+
+
 def test_a_wrong_checkpoint_digest_costs_seconds_and_is_reported(runner):
+    before = set(runner.home.glob("stages/*/*"))
     report = runner.run(code=1, **{"policy.sha256": "ab" * 32})
     assert report["status"] == "failed"
     assert "sha256" in report["reason"]
     assert "ab" * 32 in runner.text()
-    assert not list(runner.home.glob("stages/*/*"))
+    assert set(runner.home.glob("stages/*/*")) == before
 
 
-def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner):
-    work = runner.home / "work"
-    runner.kill_when(lambda: any(work.glob("reconstruct-*/draft/.work/fit.pt")))
-    runner.no_half_written_artefact()
-    assert not list(runner.home.glob("stages/reconstruct/*"))
-    saved_step = torch.load(next(work.glob("reconstruct-*/draft/.work/fit.pt")), weights_only=True)["step"]
-    assert min(reported_fit_steps(runner)) == 50
+def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner, killed):
+    assert killed.reconstructions == 0
+    assert min(killed.first_steps) == 50
+    assert min(killed.resumed_steps) > killed.step
+    assert killed.scenes == 1
+    assert killed.tunings == 0
+    assert killed.tuned == 1
+    assert killed.packages == 0
 
-    runner.kill_when(lambda: any(work.glob("finetune-*/checkpoint.pt")))
-    runner.no_half_written_artefact()
-    assert min(reported_fit_steps(runner)) > saved_step
-    assert list(runner.home.glob("stages/assemble/*"))
-    assert not list(runner.home.glob("stages/finetune/*"))
-    saved = torch.load(next(work.glob("finetune-*/checkpoint.pt")), weights_only=True)["history"]
-
-    runner.kill_when(lambda: any(work.glob("package-*")))
-    runner.no_half_written_artefact()
-    assert list(runner.home.glob("stages/finetune/*"))
-
-    report = runner.run()
+    report = killed.report
     assert report["status"] == "released"
     assert tuple(cached(report)) == STAGES
     before_release = STAGES[: STAGES.index("package")]
     assert all(cached(report)[name] for name in before_release)
     tuned = next(stage for stage in report["stages"] if stage["name"] == "finetune")["artifact"]
     history = json.loads((Path(tuned["path"]) / "training.json").read_text())["history"]
-    assert history[: len(saved)] == saved  # with the very seconds that the killed run measured
+    assert history[: len(killed.history)] == killed.history  # with the very seconds that the killed run measured
+    runner.no_half_written_artefact()
+    assert not killed.tmp
+    assert not killed.work
+
+
+def drives_an_emulator(process):
+    commands = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            commands += child.cmdline()
+    return "gsrl_core.deploy.emulator" in commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("capture", "capture"),
+        ("reconstruct", "reconstruction"),  # in structure from motion; the fit has its own test
+        ("assemble", "scene"),
+        ("sweep", "evaluation"),
+        ("verify", "verification"),
+    ],
+)
+def test_killed_in_any_other_stage_the_next_run_completes(runner, report, stage, kind):
+    shutil.rmtree(runner.home / "stages" / stage)  # as if it had not run yet
+    moments = {
+        "reconstruct": lambda _: any((runner.home / "work").glob("reconstruct-*/draft/**/sfm/database.db")),
+        "sweep": lambda _: any((runner.home / "tmp").glob("evaluation-*/content/videos")),
+        "verify": drives_an_emulator,
+    }
+    runner.kill_when(moments.get(stage, lambda _: runner.under_way(kind)), kind)
+    assert runner.remembered(stage) == 0
+    again = runner.run()
+    assert again["status"] == "released"
+    assert not cached(again)["sweep-before" if stage == "sweep" else stage]
+    earlier = [name for name in STAGES[: STAGES.index(stage)] if not name.startswith("sweep")]
+    assert all(cached(again)[name] for name in earlier)
     runner.no_half_written_artefact()
     assert not list((runner.home / "tmp").glob("*/"))
     assert not list((runner.home / "work").iterdir())
+
+
+def candidate(runner):
+    """Name and version of the toy model that was released last."""
+    from mlflow import MlflowClient
+
+    version = MlflowClient(f"sqlite:///{runner.home / 'mlflow.db'}").get_model_version_by_alias("toy", "candidate")
+    return version.name, str(version.version)
 
 
 def reported_fit_steps(runner):
@@ -168,8 +266,7 @@ def reported_fit_steps(runner):
     return [point.step for point in client.get_metric_history(newest.info.run_id, "fit/loss")]
 
 
-def test_the_report_is_complete(runner):
-    report = runner.reports()[-1]
+def test_the_report_is_complete(report):
     assert report["psnr"] > TOY["quality.min_psnr"]
     for success in (report["success_before"], report["success_after"]):
         assert success["episodes"] == TOY["evaluation.episodes"]
@@ -180,10 +277,10 @@ def test_the_report_is_complete(runner):
     assert (Path(report["package"]) / "MANIFEST.sha256").is_file()
 
 
-def test_tracking_has_one_parent_and_a_child_for_each_stage(runner, monkeypatch):
+def test_tracking_has_one_parent_and_a_child_for_each_stage(runner, killed):
     from mlflow import MlflowClient
 
-    report = runner.reports()[-1]
+    report = killed.report
     client = MlflowClient(f"sqlite:///{runner.home / 'mlflow.db'}")
     parent = client.get_run(report["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
@@ -193,38 +290,41 @@ def test_tracking_has_one_parent_and_a_child_for_each_stage(runner, monkeypatch)
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", order_by=["start_time"]
     )
     assert [run.info.run_name for run in runs] == [name for name in STAGES if name not in ("register", "promote")]
-    killed = client.search_runs([parent.info.experiment_id], "attributes.status = 'KILLED'")
-    assert len(killed) >= 3
+    broken_off = client.search_runs([parent.info.experiment_id], "attributes.status = 'KILLED'")
+    assert len(broken_off) >= 3
     trained = client.search_runs(
         [parent.info.experiment_id], "tags.`gsrl.stage` = 'finetune' and tags.`gsrl.cached` = 'false'"
     )
     assert any("actor/approx_kl" in run.data.metrics for run in trained)
     name, version = report["model_version"].split("/")
-    assert str(client.get_model_version_by_alias(name, "candidate").version) == version
+    assert killed.candidate == (name, version)
 
 
-def test_a_second_run_is_cached_within_a_minute(runner):
-    start = time.monotonic()
-    report = runner.run()
-    assert all(cached(report).values())
-    assert time.monotonic() - start < 60
+def test_a_second_run_is_cached_within_a_minute(runner, report):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = runner.run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert all(cached(again).values())
+    # Where other work takes the processors, what the run had of them tells.
+    had = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert min(again["seconds"], had) < 60
 
 
-def test_one_ppo_key_runs_finetune_sweep_and_release_again(runner):
-    report = runner.run(**{"ppo.gamma": 0.97})
-    executed = {name for name, from_store in cached(report).items() if not from_store}
+def test_one_ppo_key_runs_finetune_sweep_and_release_again(runner, report):
+    # The emulator had its turn before.
+    again = runner.run(**{"ppo.gamma": 0.97, "release.verify_robot": False})
+    executed = {name for name, from_store in cached(again).items() if not from_store}
     assert executed == {"finetune", "sweep", "package", "verify", "register", "promote"}
 
 
-def test_a_damaged_artefact_is_made_again_and_a_gate_ends_the_run_saying_what_to_do(runner):
-    released = [report for report in runner.reports() if report["status"] == "released"]
-    scene = next(stage for stage in released[-1]["stages"] if stage["name"] == "assemble")["artifact"]
+def test_a_damaged_artefact_is_made_again_and_a_gate_ends_the_run_saying_what_to_do(runner, report):
+    scene = next(stage for stage in report["stages"] if stage["name"] == "assemble")["artifact"]
     (Path(scene["path"]) / "scene.json").write_text("{}")
-    report = runner.run(code=1, **{"release.minimum_success": 1})
-    assert not cached(report)["assemble"]
-    assert cached(report)["finetune"]  # the same bytes came out
+    ended = runner.run(code=1, **{"release.minimum_success": 1})
+    assert not cached(ended)["assemble"]
+    assert cached(ended)["finetune"]  # the same bytes came out
     assert digest_folder(Path(scene["path"])) == scene["sha256"]
-    assert report["status"] == "not released"
-    assert report["package"] is None
-    assert "release.minimum_success" in report["reason"]
+    assert ended["status"] == "not released"
+    assert ended["package"] is None
+    assert "release.minimum_success" in ended["reason"]
     assert "not released" in runner.text()
