@@ -181,8 +181,7 @@ class Progress(NullReporter):
         self.messages.append((fraction, message))
 
 
-def test_verification_with_the_emulator(bundle, tmp_path):
-    bundle = with_limits(bundle, tmp_path / "patient", **PATIENT)
+def test_verification_with_the_emulator(bundle):
     progress = Progress()
 
     def verify():
