@@ -21,8 +21,6 @@ from gsrl_core.errors import ConfigError
 from gsrl_core.sections import PipelineConfig, Section, absolute_files
 
 PRESETS = ("full", "one-gpu", "cluster", "laptop", "stack-cube", "pick-and-place")
-
-
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -89,12 +87,15 @@ def section_digest(*sections: Section) -> str:
 
 
 def _expanded(preset: str) -> PipelineConfig:
-    return _validated(_tree(preset, ()), f"preset {preset!r}") if preset.endswith(_SUFFIXES) else _named(preset)
+    # A file of the user's may change while this process lives.
+    return _built(preset) if preset.endswith(_SUFFIXES) else _named(preset)
 
 
-@cache
-def _named(preset: str) -> PipelineConfig:
+def _built(preset: str) -> PipelineConfig:
     return _validated(_tree(preset, ()), f"preset {preset!r}")
+
+
+_named = cache(_built)
 
 
 def _tree(preset: str, seen: tuple[str, ...]) -> dict[str, Any]:

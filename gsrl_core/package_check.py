@@ -193,7 +193,7 @@ def _episode(bundle: Path, contract: Contract, limits: SafetyLimits, client: Pol
         envelope = Envelope(wide, contract, robot.q_range)
         steps = contract.max_episode_steps
         try:
-            run_episode(robot, client, envelope, camera, contract, log=log, permit=lambda: True, max_steps=steps)
+            run_episode(robot, client, envelope, camera, contract, log=log, permit=lambda: True)
         except GsrlError as error:
             raise PackageError(f"robot episode stopped after {len(log.steps)} of {steps} steps: {error}") from error
     judged, followed = check_steps(log.steps, limits, contract), check_following(log)

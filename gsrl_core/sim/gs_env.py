@@ -97,7 +97,7 @@ class GsVecEnv:
         self._realism = realism or Realism(RealismConfig(), scene, rig.rays(), self.device)
         self._physics = physics
         self._perturbation = perturbation
-        self.bodies = (*fr3.LINKS, *self._objects)
+        self.bodies = body_names(played)
         """Names of the bodies of :meth:`body_poses`."""
         self._bodies = torch.tensor([self.bodies.index(name) for name in scene.names], dtype=torch.long)
         self._episodes: list[Episode] = []

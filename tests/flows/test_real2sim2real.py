@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -301,13 +300,10 @@ def test_tracking_has_one_parent_and_a_child_for_each_stage(runner, killed):
 
 
 def test_a_second_run_is_cached_within_a_minute(runner, report):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.monotonic()
     again = runner.run()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert all(cached(again).values())
-    # Where other work takes the processors, what the run had of them tells.
-    had = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert min(again["seconds"], had) < 60
+    assert time.monotonic() - start < 60
 
 
 def test_one_ppo_key_runs_finetune_sweep_and_release_again(runner, report):
