@@ -1,10 +1,11 @@
 """Control steps per second of the CPU physics pool, one JSON line for each size.
 
-    PYTHONPATH=. python benchmarks/physics.py [--sizes 64x0 64x64 256x0] [--sim-hz 500] [--control-hz 10] [--seconds 5]
+    PYTHONPATH=. python benchmarks/physics.py [--sizes 64x0x1 64x0x2] [--sim-hz 500] [--control-hz 10] [--seconds 5]
 
-A size is ENVIRONMENTSxWORKERS (0 workers: the pool's default). ``real2sim2real bench physics`` measures one size by the
-same code; this script needs no configuration, only numpy, torch, sapien and pin (not ManiSkill). The first line is one
-environment in one process: the cost of a step without waiting for others.
+A size is ENVIRONMENTSxWORKERSxSTAGES, over all pipeline stages, each of which is a pool; 0 workers: the default of a
+pool, two for each core. ``real2sim2real bench physics`` measures one size by the same code; this script needs no
+configuration, only numpy, torch, sapien and pin (not ManiSkill). The first line is one environment in one process: the
+cost of a step without waiting for others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import tempfile
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,24 @@ from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.throughput import motions
 
 
-def measure(settings: WorldSettings, num_envs: int, workers: int, chunk: int, seconds: float) -> dict[str, Any]:
+def measure(
+    settings: WorldSettings, num_envs: int, workers: int, stages: int, chunk: int, seconds: float
+) -> dict[str, Any]:
     """Figures of one size."""
-    pool = Pool(settings, num_envs, chunk, workers)
-    figures: dict[str, Any] = {"environments": num_envs, "workers": worker_count(workers, num_envs), "chunk": chunk}
-    try:
-        for name, mean, best in motions(pool, settings.load_task(), chunk, task.MAX_EPISODE_STEPS, seconds):
-            figures |= {f"env_steps_per_s_{name}": round(mean, 1), f"env_steps_per_s_{name}_best": round(best, 1)}
-    finally:
-        pool.close()
+    figures: dict[str, Any] = {"environments": num_envs, "stages": stages, "chunk": chunk}
+    with ExitStack() as pools:
+        each = num_envs // stages, chunk, workers // stages
+        groups = [pools.enter_context(closing(Pool(settings, *each))) for _ in range(stages)]
+        figures["workers"] = stages * worker_count(workers // stages, num_envs // stages)
+        for name, rate in motions(groups, settings.load_task(), chunk, task.MAX_EPISODE_STEPS, seconds):
+            figures[f"env_steps_per_s_{name}"] = round(rate, 1)
     return figures
 
 
 def main() -> None:
     """Print one line for each size that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["1x1", "64x0", "64x64", "256x0"])
+    parser.add_argument("--sizes", nargs="+", default=["1x1x1", "64x0x1", "64x0x2", "256x0x2"])
     parser.add_argument("--sim-hz", type=int, default=task.SIM_HZ)
     parser.add_argument("--control-hz", type=int, default=task.CONTROL_HZ)
     parser.add_argument("--solver-iterations", type=int, default=task.SOLVER_POSITION_ITERATIONS)
@@ -51,8 +55,8 @@ def main() -> None:
         common = {"sim_hz": settings.sim_hz, "control_hz": settings.control_hz}
         common |= {"solver_iterations": settings.solver_iterations, "cores": len(os.sched_getaffinity(0))}
         for size in options.sizes:
-            num_envs, workers = (int(number) for number in size.split("x"))
-            print(json.dumps(measure(settings, num_envs, workers, options.chunk, options.seconds) | common), flush=True)
+            numbers = [int(number) for number in size.split("x")]
+            print(json.dumps(measure(settings, *numbers, options.chunk, options.seconds) | common), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +103,15 @@ def physics(config: PipelineConfig) -> dict[str, Any]:
     from gsrl_core.sim.pool import worker_count
     from gsrl_core.sim.throughput import motions
 
-    sim, chunk = config.sim, config.policy.action_chunk
-    workers = worker_count(sim.workers, sim.num_envs)
-    figures: dict[str, Any] = {"environments": sim.num_envs, "workers": workers, "chunk": chunk}
+    sim, chunk, stages = config.sim, config.policy.action_chunk, config.cluster.pipeline_stage_num
+    each = sim.num_envs // stages
+    figures: dict[str, Any] = {"environments": sim.num_envs, "stages": stages, "chunk": chunk}
+    figures["workers"] = stages * worker_count(sim.workers, each)
     figures |= {name: getattr(sim, name) for name in ("sim_hz", "control_hz", "solver_iterations")}
-    simulation = make_physics(sim, sim.num_envs)
-    try:
-        for name, mean, best in motions(simulation, _task(config), chunk, sim.max_episode_steps, _SECONDS):
-            figures |= {f"env_steps_per_s_{name}": mean, f"env_steps_per_s_{name}_best": best}
-    finally:
-        simulation.close()
+    with ExitStack() as simulations:
+        groups = [simulations.enter_context(closing(make_physics(sim, each))) for _ in range(stages)]
+        for name, rate in motions(groups, _task(config), chunk, sim.max_episode_steps, _SECONDS):
+            figures[f"env_steps_per_s_{name}"] = rate
     return figures
 
 

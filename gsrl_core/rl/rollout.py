@@ -128,16 +128,16 @@ def collect(
     width = sum(env.num_envs for env in envs)
     if not seeds or len(seeds) % width:
         raise SimulationError(f"{len(seeds)} seeds for {width} environments; give a positive multiple of {width}")
-    batches = []
+    queues: list[list[_Stage]] = [[] for _ in envs]
+    first = 0
+    while first < len(seeds):
+        for queue, env in zip(queues, envs, strict=True):
+            queue.append(_Stage(env, policy, seeds[first : first + env.num_envs], generator, explore))
+            first += env.num_envs
     with ThreadPoolExecutor(len(envs), thread_name_prefix="env-stage") as threads:
-        for start in range(0, len(seeds), width):
-            stages, first = [], start
-            for env in envs:
-                stages.append(_Stage(env, policy, seeds[first : first + env.num_envs], generator, explore))
-                first += env.num_envs
-            _play(stages, threads, max_chunks)
-            batches.extend(stage.finish() for stage in stages)
-    return concatenate([rollout for rollout, _ in batches]), join_stats([stats for _, stats in batches])
+        _play([_Lane(queue, threads, max_chunks) for queue in queues])
+    finished = [stage.finished for batch in zip(*queues, strict=True) for stage in batch]
+    return concatenate([rollout for rollout, _ in finished]), join_stats([stats for _, stats in finished])
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
@@ -186,25 +186,47 @@ def join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
     )
 
 
-def _play(stages: Sequence[_Stage], threads: ThreadPoolExecutor, max_chunks: int) -> None:
-    pending: list[Future[None] | None] = [threads.submit(stage.reset) for stage in stages]
-    for _ in range(max_chunks):
-        for index, stage in enumerate(stages):
-            running = pending[index]
-            if running is not None:
-                running.result()
-            # The policy is asked by this thread only, stage after stage: the generator's use is reproducible.
-            actions = stage.choose()
-            pending[index] = None if actions is None else threads.submit(stage.execute, actions)
-        if all(running is None for running in pending):
-            return
-    for running in pending:
-        if running is not None:
-            running.result()
+def _play(lanes: Sequence[_Lane]) -> None:
+    # The policy is asked by this thread only, lane after lane: the generator's use is reproducible.
+    while lanes := [lane for lane in lanes if lane.advance()]:
+        pass
+
+
+class _Lane:
+    """One group of environments and the batches of episodes that it plays one after another.
+
+    Lanes do not wait for each other between batches: the stragglers of one leave the processors to the others.
+    """
+
+    def __init__(self, stages: Sequence[_Stage], threads: ThreadPoolExecutor, max_chunks: int) -> None:
+        self._threads, self._max_chunks = threads, max_chunks
+        self._waiting = list(stages)
+        self._chunks = 0
+        self._next()
+
+    def advance(self) -> bool:
+        """Wait for the chunk under way and start the next; False when all batches are finished."""
+        self._pending.result()
+        actions = self._stage.choose() if self._chunks < self._max_chunks else None
+        if actions is not None:
+            self._chunks += 1
+            self._pending = self._threads.submit(self._stage.execute, actions)
+            return True
+        self._stage.finish()
+        if not self._waiting:
+            return False
+        self._next()
+        return True
+
+    def _next(self) -> None:
+        self._stage, self._chunks = self._waiting.pop(0), 0
+        self._pending: Future[None] = self._threads.submit(self._stage.reset)
 
 
 class _Stage:
-    """One group of environments on its way through an episode each."""
+    """One group of environments on its way through an episode each; ``finished`` is what it left behind."""
+
+    finished: tuple[Rollout, EpisodeStats]
 
     def __init__(
         self, env: VecEnv, policy: Policy, seeds: Sequence[int], generator: torch.Generator, explore: bool
@@ -228,6 +250,7 @@ class _Stage:
     def choose(self) -> Tensor | None:
         """Actions [B, H, A] for the next chunk, zero where the episode is over; None when all are."""
         self._bootstrap(self._cut)
+        self._cut = torch.zeros_like(self.done)
         active = (~self.done).nonzero().squeeze(1)
         if not len(active):
             return None
@@ -259,7 +282,7 @@ class _Stage:
         self._cut = row["truncated"]
         self.done = self.done | row["terminated"] | row["truncated"]
 
-    def finish(self) -> tuple[Rollout, EpisodeStats]:
+    def finish(self) -> None:
         self._bootstrap(self._cut | ~self.done)
         grids = {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
         rollout = Rollout(**grids, chain=tuple(self.chains), position=grids["valid"].reshape(-1).nonzero().squeeze(1))
@@ -271,7 +294,8 @@ class _Stage:
             episode_return=grids["reward"].sum(0),
             lost=self.lost,
         )
-        return rollout, stats
+        self.finished = rollout, stats
+        self.observation = None
 
     def _close_previous(self, active: Tensor, value: Tensor) -> None:
         # Those still active did not end in the previous chunk: the value of now is its next value.

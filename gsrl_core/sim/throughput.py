@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -16,27 +19,29 @@ RANDOM_MOVE, RANDOM_TURN = 0.04, 0.04
 _EXPERT_STEPS = 50
 
 
-def motions(physics: Physics, task: Task, chunk: int, steps: int, seconds: float) -> Iterator[tuple[str, float, float]]:
-    """Name of a motion, its executed control steps per second over all environments, and those of its best episode.
+def motions(
+    groups: Sequence[Physics], task: Task, chunk: int, steps: int, seconds: float
+) -> Iterator[tuple[str, float]]:
+    """Name of a motion and its executed control steps per second over all environments, resets included.
 
     Args:
-        physics: what is measured; it plays the episodes of seeds 0 to B - 1.
-        task: what it plays.
+        groups: what is measured, side by side as the pipeline stages of a rollout are: none waits for another's
+            slowest environment. They play the episodes of seeds 0 to B - 1 again and again.
+        task: what they play.
         chunk: actions per command.
         steps: length of a random episode; a multiple of ``chunk``. Expert-like ones end with success.
-        seconds: episodes are repeated until this has passed; resets do not count.
+        seconds: length of each measurement.
     """
-    specs = [EpisodeSpec(seed) for seed in range(len(physics.states.elapsed))]
-    for name, actions in (
-        ("random", random_actions(len(specs), steps)),
-        ("expert", expert_actions(physics, task, specs, chunk)),
-    ):
-        rates, executed, spent = [], 0, 0.0
-        while spent < seconds:
-            count, time_taken = _play(physics, specs, actions, chunk)
-            rates.append(count / time_taken)
-            executed, spent = executed + count, spent + time_taken
-        yield name, executed / spent, max(rates)
+    bounds = np.cumsum([0, *(len(group.states.elapsed) for group in groups)])
+    specs = [[EpisodeSpec(seed) for seed in range(*pair)] for pair in itertools.pairwise(bounds.tolist())]
+    random = np.split(random_actions(bounds[-1], steps), bounds[1:-1])
+    expert = [expert_actions(group, task, own, chunk) for group, own in zip(groups, specs, strict=True)]
+    for name, actions in (("random", random), ("expert", expert)):
+        start = time.perf_counter()
+        play = partial(_play, chunk=chunk, until=start + seconds)
+        with ThreadPoolExecutor(len(groups)) as threads:
+            executed = sum(threads.map(play, groups, specs, actions))
+        yield name, executed / (time.perf_counter() - start)
 
 
 def random_actions(num_envs: int, steps: int, seed: int = 0) -> np.ndarray:
@@ -57,14 +62,16 @@ def expert_actions(physics: Physics, task: Task, specs: Sequence[EpisodeSpec], c
     return actions
 
 
-def _play(physics: Physics, specs: Sequence[EpisodeSpec], actions: np.ndarray, chunk: int) -> tuple[int, float]:
-    """Control steps executed in one episode of each environment, and the seconds they took."""
-    physics.reset(specs)
-    executed, start = 0, time.perf_counter()
-    for t in range(0, actions.shape[1], chunk):
-        physics.step(actions[:, t : t + chunk], _running(physics))
-        executed += int(physics.states.executed.sum())
-    return executed, time.perf_counter() - start
+def _play(physics: Physics, specs: Sequence[EpisodeSpec], actions: np.ndarray, chunk: int, until: float) -> int:
+    """Repeat one episode of each environment until the clock says ``until``; the control steps executed."""
+    executed = 0
+    while True:
+        physics.reset(specs)
+        for t in range(0, actions.shape[1], chunk):
+            physics.step(actions[:, t : t + chunk], _running(physics))
+            executed += int(physics.states.executed.sum())
+            if time.perf_counter() >= until:
+                return executed
 
 
 def _running(physics: Physics) -> np.ndarray:

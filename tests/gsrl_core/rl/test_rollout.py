@@ -88,6 +88,25 @@ def test_stages_run_in_their_own_threads_and_give_each_seed_its_episode():
     assert positions == [0, 1, 2, 3]
 
 
+def test_a_stage_starts_its_next_batch_while_another_is_still_at_its_first():
+    order = []
+
+    class Logged(ReachEnv):
+        def reset(self, seeds):
+            self.seeds = seeds
+            order.append(("reset", *seeds))
+            return super().reset(seeds)
+
+        def step_chunk(self, actions):
+            order.append(("chunk", *self.seeds))
+            return super().step_chunk(actions)
+
+    quick, slow = Logged(1, max_episode_steps=2), Logged(1, max_episode_steps=8)
+    _, stats = collect([quick, slow], GaussianPolicy(std=1e-3), range(4), generator(), max_chunks=9)
+    assert stats.seeds == (0, 1, 2, 3) and stats.length.tolist() == [2, 8, 2, 8]
+    assert order.index(("reset", 2)) < len(order) - 1 - order[::-1].index(("chunk", 1))
+
+
 def test_without_exploration_the_noise_does_not_matter():
     policy = GaussianPolicy()
     one, _ = collect([ReachEnv(4)], policy, range(4), generator(1), max_chunks=4, explore=False)
