@@ -76,7 +76,7 @@ class CameraRig:
 
         Args:
             body_to_world: float32 [b, M, 4, 4], bodies in the order of ``task.body_names``.
-            motion: float32 [b, 4, 4], see ``perturb.Episode.camera_motion``.
+            motion: float32 [b, 4, 4], applied after world_to_camera (``perturb.Episode.camera_turn``).
 
         Returns:
             A camera with leading size 1 where it is the same for all environments, else b.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.geometry.camera import Camera
+from gsrl_core.geometry.rotation import rigid_motions
 from gsrl_core.interfaces import Observation, Rasterizer, Step
 from gsrl_core.sections import RealismConfig, SimConfig
 from gsrl_core.sim import fr3
@@ -116,9 +117,8 @@ class GsVecEnv:
             raise SimulationError(f"reset: seed {min(seeds)} is negative; seeds are 0 or more")
         self._episodes = [self._perturbation.draw(int(seed)) for seed in seeds]
         jitter = self._realism.begin([int(seed) for seed in seeds])
-        self._camera_motion = torch.stack(
-            [motion @ episode.camera_motion for motion, episode in zip(jitter, self._episodes, strict=True)]
-        )
+        turns, shifts = ([getattr(e, name) for e in self._episodes] for name in ("camera_turn", "camera_shift"))
+        self._camera_motion = jitter @ rigid_motions(turns, shifts)
         self._physics.reset([episode.spec for episode in self._episodes])
         self._draw(torch.arange(self.num_envs))
         return self._observation()

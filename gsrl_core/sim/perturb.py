@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gsrl_core.errors import SimulationError
-from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
 from gsrl_core.sections import RealismConfig
 from gsrl_core.sim.task import EpisodeSpec
 
@@ -24,8 +23,11 @@ class Episode:
     spec: EpisodeSpec
     gain: Tensor
     """float32 [3]: factors of the picture's R, G and B."""
-    camera_motion: Tensor
-    """float32 [4, 4]: applied after world_to_camera; moves every camera in its own axes."""
+    camera_turn: np.ndarray
+    """float64 [3]: rotation vector (rad) in the camera's own axes; with ``camera_shift`` the motion applied after
+    world_to_camera, of every camera."""
+    camera_shift: np.ndarray
+    """float64 [3]: translation (m)."""
     instruction: str | None
     """Replaces the task's wording; none keeps it."""
 
@@ -77,9 +79,8 @@ class Perturbation:
         return Episode(
             spec=EpisodeSpec(seed, self.pose_range_scale, friction),
             gain=torch.tensor([red, 1.0, blue], dtype=torch.float32) * brightness,
-            camera_motion=make_rigid(
-                rotvec_to_matrix(torch.tensor(turn, dtype=torch.float32)), torch.tensor(shift, dtype=torch.float32)
-            ),
+            camera_turn=turn,
+            camera_shift=shift,
             instruction=self.instructions[choice] if self.instructions else None,
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.geometry.camera import Camera
-from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
+from gsrl_core.geometry.rotation import rigid_motions
 from gsrl_core.sections import RealismConfig
 from gsrl_core.sim.backgrounds import load_backgrounds
 from gsrl_core.sim.passes import passes
@@ -39,8 +39,10 @@ class Look:
 
     tone: Tensor
     """float32 [3, 256]: level (0 .. 255, unbounded) that each channel's level becomes."""
-    camera_motion: Tensor
-    """float32 [4, 4]: applied after world_to_camera; moves every camera in its own axes."""
+    camera_turn: np.ndarray
+    """float64 [3]: rotation vector (rad) of the cameras' jitter, as in :class:`gsrl_core.sim.perturb.Episode`."""
+    camera_shift: np.ndarray
+    """float64 [3]: translation (m)."""
     color: Tensor
     """uint8 [3]: flat background."""
     picture: int
@@ -59,9 +61,8 @@ def draw_look(config: RealismConfig, seed: int) -> Look:
     color, picture = rng.integers(256, size=3), rng.integers(1 << 30)
     return Look(
         tone=torch.from_numpy(tone_table(exposure * balance, gamma, contrast)),
-        camera_motion=make_rigid(
-            rotvec_to_matrix(torch.tensor(turn, dtype=torch.float32)), torch.tensor(shift, dtype=torch.float32)
-        ),
+        camera_turn=turn,
+        camera_shift=shift,
         color=torch.tensor(color, dtype=torch.uint8),
         picture=int(picture),
     )
@@ -158,13 +159,13 @@ class Realism:
         return self._shadow is not None or self._config.background is not None
 
     def begin(self, seeds: Sequence[int]) -> Tensor:
-        """Draw the looks of new episodes; the cameras' motions, float32 [B, 4, 4] (``Look.camera_motion``)."""
+        """Draw the looks of new episodes; the cameras' jitter, float32 [B, 4, 4]."""
         looks = [draw_look(self._config, seed) for seed in seeds]
         self._seeds = np.array(seeds, np.uint64)
         self._tables = torch.stack([look.tone for look in looks]).to(self._device)
         self._colors = torch.stack([look.color for look in looks]).to(self._device)
         self._chosen = torch.tensor([look.picture for look in looks], device=self._device)
-        return torch.stack([look.camera_motion for look in looks])
+        return rigid_motions([look.camera_turn for look in looks], [look.camera_shift for look in looks])
 
     def on_scene(self, name: str, frames: Frames, camera: Camera, body_to_world: Tensor, envs: Tensor) -> Tensor:
         """What changes before the light reaches the camera: shadow and background.

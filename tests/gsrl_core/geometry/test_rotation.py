@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
@@ -80,3 +81,11 @@ def test_rigid_transforms_form_a_group(quats):
 
 def test_make_rigid_broadcasts_its_batch_axes():
     assert rot.make_rigid(torch.eye(3), torch.zeros(6, 2, 3)).shape == (6, 2, 4, 4)
+
+
+def test_rigid_motions_are_those_of_each_row():
+    turns, shifts = np.array([[0, 0, np.pi / 2], [0.1, -0.2, 0.3]]), np.array([[1.0, 2, 3], [0, 0, 0]])
+    motions = rot.rigid_motions(turns, shifts)
+    assert motions.dtype == torch.float32
+    np.testing.assert_allclose(motions[0], [[0, -1, 0, 1], [1, 0, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(motions[1, :3, :3], Rotation.from_rotvec(turns[1]).as_matrix(), atol=1e-6)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from sim_helpers import PUT
@@ -21,7 +22,7 @@ def test_nominal_changes_nothing():
     episode = perturbation("nominal").draw(3)
     assert episode.spec == task.EpisodeSpec(3)
     assert episode.gain.tolist() == [1, 1, 1]
-    assert torch.equal(episode.camera_motion, torch.eye(4))
+    assert not episode.camera_turn.any() and not episode.camera_shift.any()
     assert episode.instruction is None
 
 
@@ -31,7 +32,8 @@ def test_draws_depend_on_the_seed_alone(kind):
     assert first.spec == again.spec
     assert first.instruction == again.instruction
     assert torch.equal(first.gain, again.gain)
-    assert torch.equal(first.camera_motion, again.camera_motion)
+    assert (first.camera_turn == again.camera_turn).all()
+    assert (first.camera_shift == again.camera_shift).all()
 
 
 def test_draws_stay_in_their_ranges_and_differ():
@@ -44,8 +46,9 @@ def test_draws_stay_in_their_ranges_and_differ():
     friction = torch.tensor([perturbation("friction").draw(seed).spec.friction_scale for seed in range(200)])
     assert 0.4 <= friction.min() < 0.45
     assert 1.4 < friction.max() <= 1.5
-    moved = torch.stack([perturbation("camera").draw(seed).camera_motion for seed in range(200)])
-    assert moved[:, :3, 3].std() == pytest.approx(0.01, rel=0.15)
+    moved = [perturbation("camera").draw(seed) for seed in range(200)]
+    assert np.std([episode.camera_shift for episode in moved]) == pytest.approx(0.01, rel=0.15)
+    assert np.std([episode.camera_turn for episode in moved]) == pytest.approx(0.015, rel=0.15)
     worded = perturbation("wording").for_task(PUT.rewordings)
     assert {worded.draw(seed).instruction for seed in range(50)} == set(PUT.rewordings)
 

@@ -345,6 +345,14 @@ def test_workers_end_with_their_parent(urdf, ending):
     assert not any(alive(pid) for pid in pids)
 
 
+def test_workers_give_way_to_their_parent(quick):
+    pool = Pool(quick, 1, 1, 1)
+    (worker,) = pool._workers
+    parent = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, worker.process.pid) == min(parent + 5, 19)
+    pool.close()
+
+
 def test_more_workers_than_environments_are_not_started(quick):
     pool = Pool(quick, 1, 5, 4)
     assert len(pool._workers) == 1
