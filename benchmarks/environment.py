@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--downscale", type=int, default=1, help="pictures of 640/n x 480/n")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scene, rasterizer = render_scene.scene().to(device), make_rasterizer(options.rasterizer)
+    scene = render_scene.scene().to(device)
 
     def environment(stages: int) -> GsVecEnv:
         sim = SimConfig(
@@ -121,7 +121,7 @@ def main() -> None:
             workers=options.workers // stages,
             render_downscale=options.downscale,
         )
-        return make_env(sim, scene, rasterizer)
+        return make_env(sim, scene, make_rasterizer(options.rasterizer))
 
     with ExitStack() as stack:
         envs = [stack.enter_context(environment(options.stages)) for _ in range(options.stages)]

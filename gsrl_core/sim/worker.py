@@ -16,16 +16,15 @@ import traceback
 from multiprocessing.connection import Connection
 
 _PARENT_CHECK_SECONDS = 5.0
-_NICENESS = 5
-"""Workers keep every core busy; the parent, on which all of them wait in turn, shall get one the moment it has work."""
 
 
 def main(socket_fd: int, memory_fd: int, num_envs: int, horizon: int) -> None:
     """Serve commands until told to close, or until the parent is gone."""
     from gsrl_core.sim import states
     from gsrl_core.sim.episodes import Episodes
+    from gsrl_core.sim.scheduling import give_way
 
-    os.nice(_NICENESS)
+    give_way()
     faulthandler.enable()  # a crash in native code leaves last words
     # Ctrl-C reaches the whole process group; whether to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

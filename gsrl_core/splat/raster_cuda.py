@@ -7,6 +7,7 @@ it lets light through, exactly as ``raster_numba.NumbaRasterizer`` does it. Pict
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class CudaRasterizer:
     The picture of the static part is kept for a camera that all environments share, and for one that stands where it
     stood in the last call; for a camera that moves it is drawn anew together with the bodies. Cameras of many poses on
     the device count as moving unless the same object is given again, because comparing them would wait for the device.
-    Body poses must be rigid. Scratch memory is shared by all calls, so make them on one stream.
+    Body poses must be rigid. Scratch memory is shared by all calls: make them on one stream. Threads take turns.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class CudaRasterizer:
         self._known: dict[str, _Known] = {}
         self._room: dict[tuple[int, int, int], int] = {}
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._turn = threading.Lock()
 
     @torch.no_grad()
     def render(
@@ -99,7 +101,8 @@ class CudaRasterizer:
         """
         check_batch(scene, body_to_world, cameras)
         poses = body_to_world.to(self.device, torch.float32).contiguous()
-        plans = self.draw_fitting(self.plan(scene, len(poses), cameras, extras), poses)
+        with self._turn:
+            plans = self.draw_fitting(self.plan(scene, len(poses), cameras, extras), poses)
         return {name: plan.out for name, plan in plans.items() if plan.out is not None}
 
     def plan(

@@ -350,6 +350,7 @@ def test_workers_give_way_to_their_parent(quick):
     (worker,) = pool._workers
     parent = os.getpriority(os.PRIO_PROCESS, 0)
     assert os.getpriority(os.PRIO_PROCESS, worker.process.pid) == min(parent + 5, 19)
+    assert os.sched_getscheduler(worker.process.pid) == os.SCHED_BATCH
     pool.close()
 
 
