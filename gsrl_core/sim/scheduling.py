@@ -12,8 +12,8 @@ _SLICE_MS = 50
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """System call numbers; neither Python 3.12 nor glibc before 2.41 has a function for it."""
 _ATTR = struct.Struct("=IIQiIQQQII")
-"""``struct sched_attr`` of sched_setattr(2): size, policy, flags, nice, priority, runtime (ns), deadline, period and two
-hints, of which the last four are not used."""
+"""``struct sched_attr`` of sched_setattr(2): size, policy, flags, nice, priority, runtime (ns), deadline, period, two
+hints; the last four are not used."""
 
 
 def give_way() -> bool:
