@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from deploy_examples import START_Q, NoisyCamera, ScriptedClient, make_contract
+from emulated_time import LEAD
 
 from gsrl_core.deploy import limits as fr3
 from gsrl_core.deploy.child import child_environment, running_child
@@ -53,6 +54,10 @@ def test_an_episode_on_the_emulator():
         run_episode(robot, client, envelope, NoisyCamera(contract), contract, log=log, permit=always)
         end = robot.read()
         assert log.outcome == "completed"
+        # Ten setpoints a step, each up to LEAD late; a chunk's first step waits for the chunk besides.
+        times = np.reshape([step["time"] for step in log.steps], (-1, contract.action_chunk))
+        assert (np.diff(times) > 0.099).all()
+        assert (np.diff(times) < 0.1 + 10 * LEAD / 1000).all()
         target = np.array(log.steps[-1]["target"])
         # 12 steps: the arm follows the integral of the actions, within what an impedance controller leaves.
         np.testing.assert_allclose(target[:3, 3] - start.base_from_tcp[:3, 3], 12 * np.array(step[:3]), atol=1e-6)
@@ -180,6 +185,16 @@ def test_a_stream_that_ends_stops_the_arm_by_itself():
             ):
                 late()
         robot.stop()
+
+
+def test_a_state_that_does_not_advance_grows_old():
+    with running_emulator(START_Q) as host, FrankyRobot(host, LIMITS, realtime=False) as robot:
+        first = robot.read().stamp
+        until(lambda: robot.read().stamp > first)
+        robot._robot = Recorded(robot._robot, state=robot._robot.state)
+        last = robot.read().stamp
+        time.sleep(0.05)
+        assert robot.read().stamp == last
 
 
 def test_errors_of_franky_name_robot_and_action(monkeypatch):
