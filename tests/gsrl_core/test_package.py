@@ -48,7 +48,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(inputs, tmp_path_factory):
-    return make_bundle(inputs, tmp_path_factory.mktemp("out") / "bundle")
+    return make_bundle(inputs, tmp_path_factory.mktemp("out") / "bundle", **{"sim.max_episode_steps": 50})
 
 
 @pytest.fixture
