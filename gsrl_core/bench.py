@@ -23,7 +23,7 @@ from gsrl_core.hub import fetch_checkpoint
 from gsrl_core.interfaces import NullReporter, Observation
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.sim.task import Task
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.tasks import configured_task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 
@@ -151,7 +151,7 @@ def synthetic_scene(task: Task, seed: int = 0) -> Scene:
 
 
 def _task(config: PipelineConfig) -> Task:
-    return load_task(config.sim.task, config.sim.task_options)
+    return configured_task(config.sim)
 
 
 def _random_bench(count: int, sh_degree: int, seed: int = 0) -> Gaussians:

@@ -64,6 +64,12 @@ def test_bad_override_is_refused_with_the_reason(overrides, said):
     assert said in str(refusal.value)
 
 
+def test_a_broken_relation_is_one_short_line_that_names_key_and_values():
+    with pytest.raises(ConfigError) as refusal:
+        config.load("laptop", {"sim.sim_hz": 101})
+    assert str(refusal.value) == "the overrides: sim: sim_hz (101) must be a multiple of control_hz (10)"
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean laptop"):
         config.load("laptob")
