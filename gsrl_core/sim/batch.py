@@ -15,6 +15,7 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim import states as layout
+from gsrl_core.sim.settings import action_dim
 from gsrl_core.sim.tasks import configured_task
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class BatchPhysics:
 
         made = configured_task(sim)
         self._seeds: list[int] = []
-        self._action_dim = 7 if "ee" in sim.control_mode else 8
+        self._action_dim = action_dim(sim.control_mode)
         objects = len(made.bodies)
         self.states = layout.view(
             bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps, objects)),

@@ -20,7 +20,7 @@ from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
 from gsrl_core.sim.privileged import privileged
 from gsrl_core.sim.realism import Realism
-from gsrl_core.sim.settings import WorldSettings
+from gsrl_core.sim.settings import WorldSettings, action_dim
 from gsrl_core.sim.states import PARTS
 from gsrl_core.sim.task import body_names
 from gsrl_core.sim.tasks import configured_task, told_instruction
@@ -85,7 +85,7 @@ class GsVecEnv:
         realism: Realism | None = None,
     ) -> None:
         self.num_envs = len(physics.states.qpos)
-        self.action_dim = 7 if "ee" in sim.control_mode else 8
+        self.action_dim = action_dim(sim.control_mode)
         self.control_hz = float(sim.control_hz)
         self.max_episode_steps = sim.max_episode_steps
         self.device = scene.gaussians.means.device

@@ -214,6 +214,19 @@ def test_a_worker_killed_inside_physx_costs_the_current_episodes_of_its_environm
             assert (hit[1][name][[0, 2]] == calm[0][name][[0, 2]]).all(), name
 
 
+def test_a_worker_that_hangs_is_killed_and_costs_its_episodes_only(quick, monkeypatch, caplog):
+    monkeypatch.setattr("gsrl_core.sim.process.ANSWER_SECONDS", 2.0)
+    pool = Pool(quick, 2, 5, 2)
+    pool.reset(specs((1, 2)))
+    os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+    pool.step(np.stack([chunk(5, 1), chunk(5, 2)]), np.ones(2, dtype=bool))
+    assert pool.states.lost.tolist() == [1, 0] and pool.states.executed.tolist() == [0, 5]
+    assert "had not answered for 2 s" in caplog.text
+    pool.reset(specs((1, 2)))
+    assert not pool.states.lost.any()
+    pool.close()
+
+
 def test_a_crash_in_native_code_leaves_last_words(quick, caplog, killer):
     with caplog.at_level(logging.WARNING):
         three_chunks(quick, killer(0, 0, signal.SIGSEGV))
