@@ -69,7 +69,7 @@ def train_sft(
         demos: folder written by :func:`gsrl_core.demos.collect_demos`.
         out: checkpoint folder (openpi layout).
         init: checkpoint to start from, with its statistics and tokenizer; None starts from random weights.
-        model: name of the sizes for a random start; only ``pi05_tiny`` has a tokenizer of its own.
+        model: name of the sizes for a random start; ``pi05_tiny`` and ``pi05_small`` share a tokenizer of their own.
         config: the ``sft`` section.
         device: where to train.
         reporter: told losses and progress.

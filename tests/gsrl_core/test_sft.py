@@ -216,7 +216,7 @@ def test_large_model_needs_a_checkpoint(demos, tmp_path):
     config = SftConfig(steps=2)
     with pytest.raises(CheckpointError, match="give a checkpoint to start from"):
         train_sft(demos, tmp_path / "out", None, "pi05", config, device="cpu", reporter=NullReporter())
-    with pytest.raises(CheckpointError, match="unknown model 'pi06'; allowed: pi05, pi05_tiny"):
+    with pytest.raises(CheckpointError, match="unknown model 'pi06'; allowed: pi05, pi05_tiny, pi05_small"):
         train_sft(demos, tmp_path / "out", None, "pi06", config, device="cpu", reporter=NullReporter())
 
 
