@@ -41,6 +41,8 @@ MARGIN = 1.3
 """The second evaluation is given this times the first one's seconds."""
 SHOWING = 15.0
 """Seconds that the contact sheet and the animation are given."""
+EVERY = 2
+"""Pictures of an episode that become one of the animation."""
 
 
 class Printer(NullReporter):
@@ -163,7 +165,11 @@ def _show_episodes(inputs: Inputs, checkpoint: Path) -> None:
     contact_sheet(films, outcomes).save(inputs.out / "contact_sheet.png")
     frames = animation(films)
     frames[0].save(
-        inputs.out / "episodes.gif", save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0
+        inputs.out / "episodes.gif",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(1000 * EVERY / rate),
+        loop=0,
     )
 
 
@@ -181,15 +187,15 @@ def contact_sheet(films: list[Tensor], captions: list[str]) -> Image.Image:
 
 
 def animation(films: list[Tensor]) -> list[Image.Image]:
-    """All films beside each other, four in a row; an episode that is over keeps its last picture."""
+    """All films beside each other, four in a row, every second picture; one that is over keeps its last."""
     height, width = films[0].shape[1:3]
     pages = []
-    for time_step in range(max(map(len, films))):
+    for time_step in range(0, max(map(len, films)) + EVERY - 1, EVERY):
         page = Image.new("RGB", (4 * width, -(-len(films) // 4) * height))
         for place, frames in enumerate(films):
             picture = frames[min(time_step, len(frames) - 1)].numpy()
             page.paste(Image.fromarray(picture), (place % 4 * width, place // 4 * height))
-        pages.append(page)
+        pages.append(page.quantize(128))
     return pages
 
 
