@@ -227,6 +227,16 @@ def test_diverged_training_stops(demos, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_small_starts_from_random_weights_with_the_tiny_tokenizer(demos, tmp_path, monkeypatch):
+    sized = dataclasses.replace(TINY, width=24)
+    monkeypatch.setattr(sizes, "PRESETS", {**sizes.PRESETS, "pi05_small": sized})
+    config = SftConfig(steps=1, **SETTINGS)
+    train_sft(demos, tmp_path / "out", None, "pi05_small", config, device="cpu", reporter=NullReporter())
+    policy = load_policy(tmp_path / "out", denoise_steps=2, action_chunk=2)
+    assert policy.network.config == sized
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sft_module.TINY_TOKENIZER.read_bytes()
+
+
 def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):
     # The meta device refuses to mix with host tensors, as CUDA does.
     config = SftConfig(steps=2, **SETTINGS)
