@@ -94,7 +94,7 @@ def _card(config: PipelineConfig) -> str:
     return (
         "# pi0.5 after PPO in a splat-rendered environment\n\n"
         f'Task: {task.name}, "{told_instruction(config.sim, task)}". '
-        f"{ppo.iterations} iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
+        f"Iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
         f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds settings and "
         "history; heads.safetensors the critic, which serving does not need.\n"
     )
