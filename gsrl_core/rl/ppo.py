@@ -309,7 +309,6 @@ class Learner:
             _sum_gradients(parameters, self.collective)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
-        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         if not norm.isfinite():
             names = {memory_of(tensor): name for name, tensor in self.policy.state_dict_trainable().items()}
             bad = [
@@ -321,6 +320,7 @@ class Learner:
                 f"iteration {self.iteration}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         # The fused optimizer does not count, and copies of the weights are renewed when the count has changed.
         torch.autograd.graph.increment_version(parameters)

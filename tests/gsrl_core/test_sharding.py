@@ -1,5 +1,6 @@
 """Two processes (Gloo) that train sharded weights, against the same two with whole weights and against one process."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def process(rank, address, folder, out):
             policy = policy_of(kind, sharded)
             learner = Learner(policy, settings(kind), group)
             metrics = train(learner, kind, folder, rank, [0])
-            middle = _on_cpu(learner.state_dict(), keep=True)
+            middle = copy.deepcopy(_on_cpu(learner.state_dict(), keep=True))
             metrics += train(learner, kind, folder, rank, [1])
             resumed = {}
             for other in (False, True):
@@ -208,7 +209,7 @@ def test_one_process_resumes_from_the_state_of_two(two, one, folder):
         close(weights(policy), one[kind][0], kind)
 
 
-@pytest.mark.parametrize("kind", ["toy", "flow_sde", "flow_noise", "bfloat16"])
+@pytest.mark.parametrize("kind", ["flow_sde", "flow_noise", "bfloat16"])
 def test_a_process_holds_its_share_of_the_weights(two, kind):
     total = sum(tensor.numel() for tensor in two[0][kind, True]["weights"].values())
     assert all(found[kind, False]["held"] == [total, total] for found in two)
