@@ -184,7 +184,9 @@ def test_two_processes_make_the_updates_of_one(one, two, kind, sharded):
     for found in two:
         close(found[kind, sharded]["weights"], expected, kind)
         for ours, theirs in zip(found[kind, sharded]["metrics"], metrics, strict=True):
-            assert ours == pytest.approx(theirs, rel=2e-2 if kind == "bfloat16" else 1e-3, abs=1e-3)
+            # Rounding to bfloat16 decides whether one sample more or less of 42 is clipped.
+            relative, absolute = (2e-2, 0.05) if kind == "bfloat16" else (1e-3, 1e-3)
+            assert ours == pytest.approx(theirs, rel=relative, abs=absolute)
     first, second = (found[kind, sharded]["weights"] for found in two)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
