@@ -130,7 +130,7 @@ def process(rank, address, folder, out):
             for other in (False, True):
                 again = policy_of(kind, other)
                 learner_again = Learner(again, settings(kind), group)
-                learner_again.load_state_dict(middle)
+                learner_again.load_state_dict(copy.deepcopy(middle))  # the optimizer trains on in what it is given
                 train(learner_again, kind, folder, rank, [1])
                 resumed[other] = weights(again)
             found[kind, sharded] = {
