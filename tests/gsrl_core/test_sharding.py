@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 for folder in ("rl", "policy"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
-from policy_examples import make_folder, make_observation  # noqa: E402
+from policy_examples import SMALL, make_folder, make_observation  # noqa: E402
 from toy import GaussianPolicy, ReachEnv  # noqa: E402
 
 from gsrl_core.dist.collective import ProcessGroup, SingleProcess, free_address  # noqa: E402
@@ -37,16 +37,18 @@ KINDS = {
     "warm-up": {"critic_warmup_iterations": 1},
     "flow_sde": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
     "flow_noise": {"noise_method": "flow_noise", "precision": "float32", "where": "recompute", "checkpointing": True},
+    "pi0": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
     "bfloat16": {"noise_method": "flow_sde", "precision": "bfloat16", "where": "recompute", "checkpointing": True},
 }
 
 
-def make_policy(kind, folder):
+def make_policy(kind, folder, device="cpu"):
     options = KINDS[kind]
     if "where" not in options:
         return GaussianPolicy()
     sampling = {"noise_method": options["noise_method"], "precision": options["precision"]}
-    policy = load_policy(folder, denoise_steps=3, action_chunk=2, device="cpu", **sampling)
+    family = "pi0" if kind == "pi0" else "pi05"
+    policy = load_policy(folder / family, denoise_steps=3, action_chunk=2, device=device, compile="never", **sampling)
     policy.network.gradient_checkpointing = options["checkpointing"]
     policy.keep_prefixes(options["where"], 1000, SETTINGS.micro_batch)
     return policy
@@ -71,7 +73,7 @@ def rollout_of(kind, folder, rank, iteration):
 
 
 def weights(policy):
-    return {name: whole(tensor).clone() for name, tensor in policy.state_dict_trainable().items()}
+    return {name: whole(tensor).cpu().clone() for name, tensor in policy.state_dict_trainable().items()}
 
 
 def train(learner, kind, folder, rank, iterations):
@@ -108,18 +110,20 @@ def failures(group, policy_of):
     return messages
 
 
-def process(rank, address, folder, out):
+def process(rank, address, folder, out, kinds=tuple(KINDS), device="cpu"):
     """Everything that is trained by two, in one process group: starting processes takes longest."""
     torch.set_num_threads(1)
-    group, found = ProcessGroup(rank, 2, address, nccl=False, timeout_s=120), {}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    group, found = ProcessGroup(rank, 2, address, nccl=device == "cuda", timeout_s=120), {}
 
     def policy_of(kind, sharded):
-        policy = make_policy(kind, folder)
+        policy = make_policy(kind, folder, "cpu" if sharded else device)
         if sharded:
-            policy.shard(group.mesh("cpu"))
+            policy.shard(group.mesh(device))
         return policy
 
-    for kind in KINDS:
+    for kind in kinds:
         for sharded in (False, True):
             policy = policy_of(kind, sharded)
             learner = Learner(policy, settings(kind), group)
@@ -137,14 +141,20 @@ def process(rank, address, folder, out):
                 "weights": weights(policy), "metrics": metrics, "state": middle, "resumed": resumed,
                 "held": held(learner),
             }  # fmt: skip
-    found["failures"] = {sharded: failures(group, lambda s=sharded: policy_of("toy", s)) for sharded in (False, True)}
+    if "toy" in kinds:
+        found["failures"] = {
+            sharded: failures(group, lambda s=sharded: policy_of("toy", s)) for sharded in (False, True)
+        }
     torch.save(found, Path(out) / f"{rank}.pt")
     group.close()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("checkpoint"))
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_folder(folder / "pi05")
+    make_folder(folder / "pi0", replace(SMALL, family="pi0", discrete_state=False, normalization="mean_std"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +221,7 @@ def test_one_process_resumes_from_the_state_of_two(two, one, folder):
         close(weights(policy), one[kind][0], kind)
 
 
-@pytest.mark.parametrize("kind", ["flow_sde", "flow_noise", "bfloat16"])
+@pytest.mark.parametrize("kind", ["flow_sde", "flow_noise", "pi0", "bfloat16"])
 def test_a_process_holds_its_share_of_the_weights(two, kind):
     total = sum(tensor.numel() for tensor in two[0][kind, True]["weights"].values())
     assert all(found[kind, False]["held"] == [total, total] for found in two)
@@ -226,3 +236,19 @@ def test_all_processes_name_what_is_not_finite_in_one(two, sharded):
         sample, gradient = found["failures"][sharded]
         assert sample.startswith("iteration 0: non-finite numbers in loss, old_log_prob;")
         assert "non-finite gradients of critic.2.weight (1 tensors)" in gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_make_the_same_updates_with_whole_and_with_sharded_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    kinds = ("flow_sde", "flow_noise", "bfloat16")
+    multiprocessing.spawn(process, (free_address(), folder, tmp_path, kinds, "cuda"), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False, map_location="cpu")
+        for kind in kinds:
+            ours, theirs = (found[kind, sharded] for sharded in (True, False))
+            for name, tensor in ours["weights"].items():
+                tolerance = 4e-3 if kind == "bfloat16" else 1e-4
+                torch.testing.assert_close(tensor, theirs["weights"][name], atol=tolerance, rtol=1e-3)
+            assert ours["held"][0] == pytest.approx(theirs["held"][0] / 2, rel=0.05)
