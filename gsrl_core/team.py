@@ -156,8 +156,8 @@ class Team:
     def _sync_weights(self) -> None:
         # Sharded weights are gathered by all learners together.
         changed = [self._learners.submit(rank, "changed_weights") for rank in range(self._learners.size)]
-        self._collectors.call("apply_weights", changed[0])
-        finish(changed[1:])
+        applied = [self._collectors.submit(rank, "apply_weights", changed[0]) for rank in range(self._collectors.size)]
+        finish([*changed[1:], *applied])
 
     def _heal(self, rank: int) -> None:
         self._collectors.submit(rank, "apply_weights", self._learners.submit(0, "all_weights")).result()

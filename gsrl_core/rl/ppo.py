@@ -266,10 +266,12 @@ class Learner:
         total = self.collective.sum(torch.stack([part.cpu() for part in sums]).sum(0))
         if not total.isfinite().all():
             found = self.collective.sum(torch.stack([part.cpu() for part in broken]).sum(0)).tolist()
-            culprits = ", ".join(name for name, count in zip(_CHECKED, found, strict=True) if count)
+            culprits = [name for name, count in zip(_CHECKED, found, strict=True) if count]
+            # A statistic that is not part of the loss may overflow alone.
+            culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite numbers in {culprits}; resume from the last checkpoint with a "
-                "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
+                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last checkpoint "
+                "with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
             )
         return total
 
