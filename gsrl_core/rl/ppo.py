@@ -270,8 +270,9 @@ class Learner:
             # A statistic that is not part of the loss may overflow alone.
             culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last checkpoint "
-                "with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
+                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last "
+                "checkpoint with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the "
+                "iterations before"
             )
         return total
 
