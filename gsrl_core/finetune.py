@@ -175,8 +175,10 @@ def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
 
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:
     ppo = config.ppo.model_copy(update={name: 1 for name in _FREE})
-    # Who collects how many episodes decides the order of the noise, so the cluster section counts too.
-    settings = section_digest(config.sim, config.policy, ppo, config.cluster)
+    # Who collects how many episodes decides the order of the noise, so the cluster section counts too; how learners
+    # divide the weights does not.
+    cluster = config.cluster.model_copy(update={"data_parallel": "ddp"})
+    settings = section_digest(config.sim, config.policy, ppo, cluster)
     return "\n".join([digest_folder(checkpoint), digest_folder(scene), settings])
 
 

@@ -326,6 +326,9 @@ class ClusterConfig(Section):
 
     runtime: Literal["local", "ray"] = "local"
     component_placement: dict[str, str] = {"env,rollout,actor": "all"}
+    data_parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """What several actor processes hold: ddp all weights and optimizer states each, fsdp2 a part each. With fsdp2 the
+    actors are processes of their own on every placement, and others act with whole weights; it needs ray."""
     pipeline_stage_num: int = Field(1, ge=1, le=8)
     """Groups that the environments are split into, so that one is stepped while another is inferred."""
 
@@ -409,6 +412,8 @@ class PipelineConfig(Section):
                 f"ppo.global_batch ({self.ppo.global_batch}) must be a multiple of ppo.micro_batch "
                 f"({self.ppo.micro_batch})"
             )
+        if self.cluster.data_parallel == "fsdp2" and self.cluster.runtime != "ray":
+            raise ValueError("cluster.data_parallel fsdp2 needs several processes: set cluster.runtime to ray")
         if self.sim.num_envs % self.cluster.pipeline_stage_num:
             raise ValueError(
                 f"sim.num_envs ({self.sim.num_envs}) must be a multiple of cluster.pipeline_stage_num "

@@ -55,6 +55,7 @@ def test_override_replaces_one_value_only():
         ({"sim.cameras": [{"name": "a"}, {"name": "a"}]}, "every name only once"),
         ({"sim.instruction": ""}, "sim.instruction: String should have at least 1 character"),
         ({"evaluation.perturbations": ["pose", "pose"]}, "every one only once"),
+        ({"cluster.data_parallel": "fsdp2"}, "set cluster.runtime to ray"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],
 )
