@@ -2,13 +2,17 @@
 
 Every process holds its own rollout, and all draw the same permutation of the union of samples: a minibatch is the same
 set of samples, and the update the same up to rounding, whatever the number of processes.
+
+The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off by
+delta_mean / std in each of the chunk's entries, which for pi0.5 adds up to several hundredths. The surrogate's ratio
+then starts beside 1. Where that is so, the learner first evaluates all samples itself, and its numbers are the old ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -78,6 +82,7 @@ class PpoSettings:
     target_kl: float | None
     critic_warmup_iterations: int
     normalize_advantages: bool
+    recompute_log_prob: Literal["auto", "on", "off"]
     seed: int
 
 
@@ -90,6 +95,9 @@ class _Batch:
     advantages: Tensor
     returns: Tensor
 
+
+TOLERATED_MISMATCH = 1e-3
+"""Of a log-probability between rollout and learner. Float32 is off by about 1e-5, bfloat16 by some 1e-2."""
 
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
@@ -129,8 +137,12 @@ class Learner:
         warming_up = self.iteration < self.settings.critic_warmup_iterations
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         norms, seen, stopped = [], 0, False
-        for minibatch in self._minibatches(total):
-            mine = minibatch[(minibatch >= first) & (minibatch < first + rollout.num_samples)] - first
+        minibatches = self._minibatches(total)
+        shares = [(part[(part >= first) & (part < first + rollout.num_samples)] - first) for part in minibatches]
+        first_epoch = shares[: len(shares) // self.settings.update_epochs]
+        batch, mismatch = self._in_own_arithmetic(rollout, batch, first_epoch)
+        metrics |= mismatch
+        for minibatch, mine in zip(minibatches, shares, strict=True):
             minibatch_sums = self._accumulate_gradients(rollout, batch, mine, len(minibatch), warming_up)
             sums += minibatch_sums
             seen += len(minibatch)
@@ -205,11 +217,61 @@ class Learner:
         variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
         return float(1 - variance[1] / variance[0]) if variance[0] > 0 else 0.0
 
-    def _minibatches(self, total: int) -> Iterator[Tensor]:
+    def _in_own_arithmetic(
+        self, rollout: Rollout, batch: _Batch, minibatches: Sequence[Tensor]
+    ) -> tuple[_Batch, dict[str, float]]:
+        """The batch with old log-probabilities and values of the learner's own evaluation, where that is wanted.
+
+        ``auto`` looks at one micro-batch of each process and goes on where a log-probability is off by more than
+        ``TOLERATED_MISMATCH`` in any of them. The metrics are of the samples that were looked at.
+
+        Args:
+            rollout: of this process.
+            batch: its samples.
+            minibatches: of the first epoch. They are evaluated in the same micro-batches as then, because kernels and
+                with them the rounding depend on a batch's shape.
+        """
+        pieces = [piece for minibatch in minibatches for piece in self._micro_batches(minibatch)]
+        wanted = self.settings.recompute_log_prob
+        looked_at = pieces if wanted == "on" else pieces[:1]
+        evaluated = self._evaluate(rollout, batch, looked_at)
+        metrics = self._mismatch(batch, evaluated, looked_at)
+        if wanted == "auto" and metrics["rollout/log_prob_mismatch_max"] > TOLERATED_MISMATCH:
+            wanted, evaluated = "on", self._evaluate(rollout, batch, pieces)
+            metrics = self._mismatch(batch, evaluated, pieces)
+        metrics["rollout/log_prob_recomputed"] = float(wanted == "on")
+        return (evaluated if wanted == "on" else batch), metrics
+
+    @torch.no_grad()
+    def _evaluate(self, rollout: Rollout, batch: _Batch, pieces: Sequence[Tensor]) -> _Batch:
+        """The batch with log-probabilities and values of the current weights at the samples ``pieces``."""
+        log_prob, value = batch.log_prob.clone(), batch.value.clone()
+        for index in pieces:
+            now = self.policy.evaluate(rollout.chain_rows(index))
+            log_prob[index], value[index] = now.log_prob.to(log_prob), now.value.to(value)
+        return replace(batch, log_prob=log_prob, value=value)
+
+    def _mismatch(self, rolled_out: _Batch, evaluated: _Batch, pieces: Sequence[Tensor]) -> dict[str, float]:
+        """Mean and largest |log-probability by the learner - by the rollout|, over ``pieces`` of all processes."""
+        index = torch.cat([*pieces, torch.zeros(0, dtype=torch.int64)])
+        off = (evaluated.log_prob[index] - rolled_out.log_prob[index]).abs().double()
+        largest = off.max() if len(off) else off.new_zeros(())
+        own = torch.stack([off.sum(), off.new_tensor(len(off)), largest])
+        sums, counts, maxima = self.collective.gather(own).unbind(dim=1)
+        return {
+            "rollout/log_prob_mismatch_mean": float(sums.sum() / counts.sum()),
+            "rollout/log_prob_mismatch_max": float(maxima.max()),
+        }
+
+    def _minibatches(self, total: int) -> list[Tensor]:
         # Even pieces of at most global_batch: a small remainder would weigh its samples more than the others'.
         pieces = math.ceil(total / self.settings.global_batch)
-        for _ in range(self.settings.update_epochs):
-            yield from torch.randperm(total, generator=self.generator).tensor_split(pieces)
+        epochs = (torch.randperm(total, generator=self.generator) for _ in range(self.settings.update_epochs))
+        return [piece for epoch in epochs for piece in epoch.tensor_split(pieces)]
+
+    def _micro_batches(self, samples: Tensor) -> Iterator[Tensor]:
+        # In the order of storage, which is quickest to gather; a sum does not care.
+        yield from (piece for piece in samples.sort().values.split(self.settings.micro_batch) if len(piece))
 
     def _accumulate_gradients(
         self, rollout: Rollout, batch: _Batch, mine: Tensor, minibatch_size: int, warming_up: bool
@@ -218,8 +280,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         # Read at the end, so that the device is not waited for after every microbatch.
         sums, healthy, names = [torch.zeros(len(_SUMS), dtype=torch.float64)], [], ()
-        # In the order of storage; a sum does not care.
-        for index in mine.sort().values.split(self.settings.micro_batch):
+        for index in self._micro_batches(mine):
             loss, named, terms = self._loss(rollout, batch, index, warming_up)
             (loss / minibatch_size).backward()
             sums.append(torch.stack([term.detach().double().sum() for term in terms]))
