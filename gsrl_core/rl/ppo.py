@@ -3,9 +3,9 @@
 Every process holds its own rollout, and all draw the same permutation of the union of samples: a minibatch is the same
 set of samples, and the update the same up to rounding, whatever the number of processes.
 
-The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off by
-delta_mean / std in each of the chunk's entries, which for pi0.5 adds up to several hundredths. The surrogate's ratio
-then starts beside 1. Where that is so, the learner first evaluates all samples itself, and its numbers are the old ones.
+The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off
+by delta_mean / std in each of a chunk's entries, which for pi0.5 adds up to several hundredths, and the surrogate's
+ratio starts beside 1. Where that is so, the learner evaluates all samples first, and its numbers are the old ones.
 """
 
 from __future__ import annotations
