@@ -242,13 +242,13 @@ class Learner:
         metrics["rollout/log_prob_recomputed"] = float(wanted == "on")
         return (evaluated if wanted == "on" else batch), metrics
 
-    @torch.no_grad()
     def _evaluate(self, rollout: Rollout, batch: _Batch, pieces: Sequence[Tensor]) -> _Batch:
         """The batch with log-probabilities and values of the current weights at the samples ``pieces``."""
         log_prob, value = batch.log_prob.clone(), batch.value.clone()
         for index in pieces:
+            # With autograd on, as in the update: attention chooses its kernel by that, and kernels round differently.
             now = self.policy.evaluate(rollout.chain_rows(index))
-            log_prob[index], value[index] = now.log_prob.to(log_prob), now.value.to(value)
+            log_prob[index], value[index] = now.log_prob.detach().to(log_prob), now.value.detach().to(value)
         return replace(batch, log_prob=log_prob, value=value)
 
     def _mismatch(self, rolled_out: _Batch, evaluated: _Batch, pieces: Sequence[Tensor]) -> dict[str, float]:
