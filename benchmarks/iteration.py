@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--control-steps", type=int, default=100, help="length of an episode")
     parser.add_argument("--update-epochs", type=int, default=4)
     parser.add_argument("--global-batch", type=int, default=2048)
-    parser.add_argument("--micro-batch", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="physics processes; 0 takes two for each core")
     parser.add_argument("--splats", type=int, default=150_000, help="of the foreground; twice as many behind")
     parser.add_argument("--downscale", type=int, default=1, help="pictures of 640/n x 480/n")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib.util
 import json
 import statistics
@@ -79,6 +80,7 @@ class Budget:
             say(name, failed=f"{type(error).__name__}: {str(error)[:600]} | {where}")
             return None
         finally:
+            gc.collect()  # models hold themselves in cycles
             if CUDA:
                 torch.cuda.empty_cache()
 
