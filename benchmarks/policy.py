@@ -304,7 +304,7 @@ def lerobot(batch: int, tokens: int) -> dict[str, float]:
         def sample(ids: Tensor = ids, text: Tensor = text, masks: list[Tensor] = masks) -> Tensor:
             return model.sample_actions([image], masks, ids, text, num_steps=STEPS)
 
-        took = seconds(sample, 2)
+        took = seconds(sample, 2, 1) if CUDA else seconds(sample, 1, 0)
         rates[name] = batch / took
         say(f"lerobot PI05 batch {batch}, text {name}", ms=digits(1000 * took), chunks_per_s=digits(rates[name]))
     return rates

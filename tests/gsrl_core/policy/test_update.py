@@ -23,8 +23,9 @@ FROZEN = PpoSettings(
 PLACES = ("device", "host", "recompute")
 
 
-def make_policy(folder, place, precision="float32"):
-    policy = load_policy(folder, denoise_steps=3, action_chunk=2, noise_method="flow_sde", precision=precision)
+def make_policy(folder, place, precision="float32", device="cpu"):
+    sampling = {"denoise_steps": 3, "action_chunk": 2, "noise_method": "flow_sde"}
+    policy = load_policy(folder, **sampling, precision=precision, device=device)
     policy.keep_prefixes(place, CHUNKS * EPISODES, FROZEN.micro_batch)
     return policy
 
@@ -115,3 +116,14 @@ def test_the_learners_own_log_prob_makes_the_ratio_one(folder, monkeypatch, plac
         assert found[wanted]["rollout/log_prob_recomputed"] == 1
         assert found[wanted]["actor/kl_k3"] < 1e-10
         assert found[wanted]["rollout/log_prob_mismatch_max"] >= found["off"]["rollout/log_prob_mismatch_max"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", PLACES)
+def test_the_ratio_is_one_after_compiled_sampling_on_the_gpu(folder, place):
+    policy = make_policy(folder, place, "bfloat16", "cuda")
+    settings = replace(FROZEN, recompute_log_prob="on", update_epochs=1)
+    metrics = Learner(policy, settings, SingleProcess()).update(make_rollout(policy))
+    assert metrics["rollout/log_prob_mismatch_max"] > 1e-6
+    assert metrics["actor/approx_kl"] == metrics["actor/kl_k3"] == 0
