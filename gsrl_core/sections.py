@@ -314,6 +314,11 @@ class PpoConfig(Section):
     prefix_cache: Literal["auto", "device", "host", "recompute"] = "auto"
     """Where what the frozen part makes of the pictures waits for the update; auto takes the first of them that its
     memory estimate (logged) allows."""
+    recompute_log_prob: Literal["auto", "on", "off"] = "auto"
+    """Whether the learner evaluates all samples before the first epoch, so that its first ratio is 1 in spite of the
+    rounding by which sampling and learning differ. auto does so where a first micro-batch is off by more than 0.001: on
+    a GPU in bfloat16, not in float32. It costs a forward pass over all samples, and over prefixes that are not kept.
+    """
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between checkpoints; a killed run loses at most these."""
     eval_every: int = Field(0, ge=0)

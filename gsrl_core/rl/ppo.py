@@ -3,13 +3,17 @@
 Every process holds its own rollout, and all draw the same permutation of the union of samples: a minibatch is the same
 set of samples, and the update the same up to rounding, whatever the number of processes. All go through a minibatch in
 the same number of passes, because sharded weights are gathered in every pass by all processes together.
+
+The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off
+by delta_mean / std in each of a chunk's entries, which for pi0.5 adds up to several hundredths, and the surrogate's
+ratio starts beside 1. Where that is so, the learner evaluates all samples first, and its numbers are the old ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -89,6 +93,7 @@ class PpoSettings:
     target_kl: float | None
     critic_warmup_iterations: int
     normalize_advantages: bool
+    recompute_log_prob: Literal["auto", "on", "off"]
     seed: int
 
 
@@ -101,6 +106,9 @@ class _Batch:
     advantages: Tensor
     returns: Tensor
 
+
+TOLERATED_MISMATCH = 1e-3
+"""Of a log-probability between rollout and learner. Float32 is off by about 1e-5, bfloat16 by some 1e-2."""
 
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
@@ -140,14 +148,16 @@ class Learner:
         counts = self.collective.gather(torch.tensor([rollout.num_samples])).reshape(-1)
         if self.policy.sharded is not None and not counts.all():
             raise TrainingError(f"processes of sharded weights need samples each; given {counts.tolist()}")
-        first, total = int(counts[: self.collective.rank].sum()), int(counts.sum())
         warming_up = self.iteration < self.settings.critic_warmup_iterations
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         norms, seen, stopped = [], 0, False
-        for minibatch in self._minibatches(total):
-            mine = minibatch[(minibatch >= first) & (minibatch < first + rollout.num_samples)] - first
-            passes = self._passes(minibatch, counts)
-            minibatch_sums = self._accumulate_gradients(rollout, batch, mine, passes, len(minibatch), warming_up)
+        minibatches = self._minibatches(int(counts.sum()))
+        shares = [self._passes(minibatch, counts) for minibatch in minibatches]
+        first_epoch = shares[: len(shares) // self.settings.update_epochs]
+        batch, mismatch = self._in_own_arithmetic(rollout, batch, [piece for share in first_epoch for piece in share])
+        metrics |= mismatch
+        for minibatch, share in zip(minibatches, shares, strict=True):
+            minibatch_sums = self._accumulate_gradients(rollout, batch, share, len(minibatch), warming_up)
             sums += minibatch_sums
             seen += len(minibatch)
             mean_kl = float(minibatch_sums[_SUMS.index("kl_k3")]) / len(minibatch)
@@ -232,28 +242,88 @@ class Learner:
         variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
         return float(1 - variance[1] / variance[0]) if variance[0] > 0 else 0.0
 
-    def _minibatches(self, total: int) -> Iterator[Tensor]:
+    def _in_own_arithmetic(
+        self, rollout: Rollout, batch: _Batch, passes: Sequence[Tensor]
+    ) -> tuple[_Batch, dict[str, float]]:
+        """The batch with old log-probabilities and values of the learner's own evaluation, where that is wanted.
+
+        ``auto`` looks at one pass of each process and goes on where a log-probability is off by more than
+        ``TOLERATED_MISMATCH`` in any of them. The metrics are of the samples that were looked at.
+
+        Args:
+            rollout: of this process.
+            batch: its samples.
+            passes: of the first epoch. The samples are evaluated in the same ones, because kernels and with them the
+                rounding depend on a batch's shape.
+        """
+        wanted = self.settings.recompute_log_prob
+        looked_at = passes if wanted == "on" else passes[:1]
+        evaluated = self._evaluate(rollout, batch, looked_at)
+        metrics = self._mismatch(batch, evaluated, looked_at)
+        if wanted == "auto" and metrics["rollout/log_prob_mismatch_max"] > TOLERATED_MISMATCH:
+            wanted, evaluated = "on", self._evaluate(rollout, batch, passes)
+            metrics = self._mismatch(batch, evaluated, passes)
+        metrics["rollout/log_prob_recomputed"] = float(wanted == "on")
+        return (evaluated if wanted == "on" else batch), metrics
+
+    def _evaluate(self, rollout: Rollout, batch: _Batch, passes: Sequence[Tensor]) -> _Batch:
+        """The batch with log-probabilities and values of the current weights at the samples of ``passes``."""
+        log_prob, value = batch.log_prob.clone(), batch.value.clone()
+        for index in passes:
+            if not len(index):
+                if self.policy.sharded is not None:  # takes part with a sample that does not count
+                    self.policy.evaluate(rollout.chain_rows(torch.tensor([0])))
+                continue
+            # With autograd on, as in the update: attention chooses its kernel by that, and kernels round differently.
+            now = self.policy.evaluate(rollout.chain_rows(index))
+            for old, new in ((log_prob, now.log_prob), (value, now.value)):
+                # What is not finite stays, so that the first pass finds and names it.
+                old[index] = torch.where(old[index].isfinite(), new.detach().to(old), old[index])
+        return replace(batch, log_prob=log_prob, value=value)
+
+    def _mismatch(self, rolled_out: _Batch, evaluated: _Batch, passes: Sequence[Tensor]) -> dict[str, float]:
+        """Mean and largest |log-probability by the learner - by the rollout|, over ``passes`` of all processes."""
+        index = torch.cat([*passes, torch.zeros(0, dtype=torch.int64)])
+        off = (evaluated.log_prob[index] - rolled_out.log_prob[index]).abs().double()
+        largest = off.max() if len(off) else off.new_zeros(())
+        own = torch.stack([off.sum(), off.new_tensor(len(off)), largest])
+        sums, counts, maxima = self.collective.gather(own).unbind(dim=1)
+        return {
+            "rollout/log_prob_mismatch_mean": float(sums.sum() / counts.sum()),
+            "rollout/log_prob_mismatch_max": float(maxima.max()),
+        }
+
+    def _minibatches(self, total: int) -> list[Tensor]:
         # Even pieces of at most global_batch: a small remainder would weigh its samples more than the others'.
         pieces = math.ceil(total / self.settings.global_batch)
-        for _ in range(self.settings.update_epochs):
-            yield from torch.randperm(total, generator=self.generator).tensor_split(pieces)
+        epochs = (torch.randperm(total, generator=self.generator) for _ in range(self.settings.update_epochs))
+        return [piece for epoch in epochs for piece in epoch.tensor_split(pieces)]
 
-    def _passes(self, minibatch: Tensor, counts: Tensor) -> int:
-        """Passes of at most ``micro_batch`` samples that the process with most of this minibatch needs."""
+    def _passes(self, minibatch: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+        """This process's samples of a minibatch in passes of at most ``micro_batch``.
+
+        There are as many passes as the process with most of its samples needs, so some may be empty.
+
+        Args:
+            minibatch: int64 [n], numbers of samples of all processes.
+            counts: int64 [world_size], the samples of each.
+        """
         owner = torch.searchsorted(counts.cumsum(0), minibatch, right=True)
-        return math.ceil(int(owner.bincount().max()) / self.settings.micro_batch)
+        passes = math.ceil(int(owner.bincount().max()) / self.settings.micro_batch)
+        first = int(counts[: self.collective.rank].sum())
+        # In the order of storage, which is quickest to gather; a sum does not care.
+        return (minibatch[owner == self.collective.rank] - first).sort().values.tensor_split(passes)
 
     def _accumulate_gradients(
-        self, rollout: Rollout, batch: _Batch, mine: Tensor, passes: int, minibatch_size: int, warming_up: bool
+        self, rollout: Rollout, batch: _Batch, passes: Sequence[Tensor], minibatch_size: int, warming_up: bool
     ) -> Tensor:
         """Gradients of the minibatch's mean loss, of this process's samples; sums of ``_SUMS`` over all processes'."""
         self.optimizer.zero_grad(set_to_none=True)
         # Read at the end, so that the device is not waited for after every microbatch.
         sums, broken = [torch.zeros(len(_SUMS), dtype=torch.float64)], [torch.zeros(len(_CHECKED))]
-        # In the order of storage; a sum does not care.
-        for number, index in enumerate(mine.sort().values.tensor_split(passes), start=1):
+        for number, index in enumerate(passes, start=1):
             if self.policy.sharded is not None:
-                reduce_gradients(self.policy.sharded, number == passes)
+                reduce_gradients(self.policy.sharded, number == len(passes))
             elif not len(index):
                 continue
             # A process without samples takes part in the pass all the same, with a sample that does not count.

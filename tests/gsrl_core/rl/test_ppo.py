@@ -1,6 +1,7 @@
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ SETTINGS = PpoSettings(
     update_epochs=4, global_batch=128, micro_batch=64, learning_rate=3e-3, value_learning_rate=1e-2, weight_decay=0.0,
     max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
-    normalize_advantages=True, seed=0,
+    normalize_advantages=True, recompute_log_prob="auto", seed=0,
 )  # fmt: skip
 
 
@@ -184,9 +185,10 @@ def test_value_clip_takes_the_gradient_where_the_critic_has_moved_too_far(rollou
 def test_dual_clip_takes_the_gradient_of_bad_actions_that_became_much_more_likely(rollout):
     # ρ = 5 for all: where A > 0 the plain clip holds; where A < 0 only the dual clip does (5 > c = 3).
     rollout = replace(rollout, log_prob=torch.where(rollout.valid, rollout.log_prob - math.log(5.0), 0.0))
-    assert gradients(rollout)["actor"].abs().max() > 1e-3
-    assert not gradients(rollout, dual_clip=3.0)["actor"].any()
-    torch.testing.assert_close(gradients(rollout, dual_clip=6.0)["actor"], gradients(rollout)["actor"])
+    taken = partial(gradients, rollout, recompute_log_prob="off")
+    assert taken()["actor"].abs().max() > 1e-3
+    assert not taken(dual_clip=3.0)["actor"].any()
+    torch.testing.assert_close(taken(dual_clip=6.0)["actor"], taken()["actor"])
 
 
 def test_advantages_are_taken_as_they_are_unless_normalised(rollout):
@@ -198,6 +200,81 @@ def test_advantages_are_taken_as_they_are_unless_normalised(rollout):
     plain = gradients(rollout, normalize_advantages=False)["actor"]
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(plain, gradients(rollout)["actor"], rtol=1e-2)
+
+
+def rounded(rollout, size=0.05):
+    """As if the rollout had been sampled by other arithmetic: log-probabilities off by up to ``size``."""
+    noise = torch.rand(rollout.log_prob.shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return replace(rollout, log_prob=torch.where(rollout.valid, rollout.log_prob + size * noise, 0.0))
+
+
+FREEZE = {"learning_rate": 0.0, "value_learning_rate": 0.0, "global_batch": 32, "micro_batch": 10}
+
+
+@pytest.mark.parametrize("wanted", ["auto", "on"])
+def test_the_ratio_is_one_in_every_epoch_while_no_weight_moves(rollout, wanted):
+    policy = GaussianPolicy()
+    settings = replace(SETTINGS, **FREEZE, recompute_log_prob=wanted)
+    metrics = Learner(policy, settings, Alone()).update(rounded(rollout))
+    assert metrics["actor/optimizer_steps"] >= 8
+    assert metrics["actor/approx_kl"] == pytest.approx(0, abs=1e-7)
+    assert metrics["actor/kl_k3"] == pytest.approx(0, abs=1e-7)
+    assert metrics["rollout/log_prob_recomputed"] == 1
+    # Uniform noise of +-0.05.
+    assert metrics["rollout/log_prob_mismatch_mean"] == pytest.approx(0.025, abs=0.005)
+    assert 0.04 < metrics["rollout/log_prob_mismatch_max"] < 0.051
+
+
+def test_the_rollouts_own_log_prob_stays_the_old_one_where_asked(rollout):
+    metrics = Learner(GaussianPolicy(), replace(SETTINGS, **FREEZE, recompute_log_prob="off"), Alone()).update(
+        rounded(rollout)
+    )
+    assert metrics["actor/kl_k3"] > 1e-4
+    assert metrics["rollout/log_prob_recomputed"] == 0
+    assert metrics["rollout/log_prob_mismatch_max"] > 0.02  # it is reported all the same, of one micro-batch
+
+
+def test_auto_evaluates_one_microbatch_where_both_agree(rollout):
+    policy, sizes = GaussianPolicy(), []
+    evaluate = policy.evaluate
+    policy.evaluate = lambda chain: sizes.append(len(chain["state"])) or evaluate(chain)
+    settings = replace(SETTINGS, update_epochs=1, global_batch=10_000, micro_batch=10)
+    metrics = Learner(policy, settings, Alone()).update(rollout)
+    assert metrics["rollout/log_prob_recomputed"] == 0
+    assert metrics["rollout/log_prob_mismatch_max"] < 1e-5
+    assert sum(sizes) == rollout.num_samples + sizes[0] and sizes[0] <= 10
+
+
+def test_recomputing_gives_the_update_of_an_exact_rollout(rollout):
+    policies = [GaussianPolicy(), GaussianPolicy()]
+    for policy, given in zip(policies, (rollout, rounded(rollout)), strict=True):
+        Learner(policy, SETTINGS, Alone()).update(given)
+    torch.testing.assert_close(weights(policies[1]), weights(policies[0]), atol=1e-6, rtol=1e-5)
+
+
+def test_processes_recompute_together():
+    exact = exact_shards()
+    # Only the second process's samples are off: all of both must be evaluated again, as they would be in one process.
+    shards = [exact[0], rounded(exact[1])]
+    group, policies, metrics = Threads(2), [GaussianPolicy(), GaussianPolicy()], [None, None]
+
+    def work(rank):
+        metrics[rank] = Learner(policies[rank], replace(SETTINGS, **FREEZE), group.member(rank)).update(shards[rank])
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["rollout/log_prob_recomputed"] == 1
+    assert metrics[0]["actor/kl_k3"] == pytest.approx(0, abs=1e-7)
+    samples = torch.cat([(s.log_prob - e.log_prob)[s.valid].abs() for s, e in zip(shards, exact, strict=True)])
+    assert metrics[0]["rollout/log_prob_mismatch_mean"] == pytest.approx(samples.mean().item(), rel=1e-3)
+    assert metrics[0]["rollout/log_prob_mismatch_max"] == pytest.approx(samples.max().item(), rel=1e-3)
+
+
+def exact_shards():
+    start = GaussianPolicy()
+    return [rollout_of(start, range(10), noise=1), rollout_of(start, range(10, 40), noise=2)]
 
 
 def test_microbatches_change_nothing_but_memory():
