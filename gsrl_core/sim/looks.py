@@ -11,7 +11,6 @@ from gsrl_core.splat.from_mesh import ColoredMesh, load_mesh
 from gsrl_core.splat.harmonics import C0
 from gsrl_core.splat.ply import read_ply
 
-# Triangles of a box with the corners (x, y, z) for x in -+ for y in -+ for z in -+.
 _BOX_CORNERS = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
 
 
@@ -40,8 +39,9 @@ def robot_meshes() -> dict[str, ColoredMesh]:
 
 
 def object_mesh(thing: TaskObject) -> ColoredMesh:
-    """An object's surface. One that is known by splats alone has none: its collision shape stands for it, in their mean
-    colour.
+    """An object's surface in its own frame.
+
+    One that is known by splats alone has none: its collision shape stands for it, in their mean colour.
 
     Raises:
         SceneError: a file cannot be read.

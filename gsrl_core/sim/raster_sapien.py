@@ -141,13 +141,14 @@ def _shape(mesh: ColoredMesh) -> render.RenderBodyComponent:
     """A mesh in flat facets. The faces' colours are pixels of a texture, one for each colour that occurs."""
     levels = np.round(255 * mesh.colors.clip(0, 1)).astype(np.uint8)
     palette, color = np.unique(levels, axis=0, return_inverse=True)
+    # The shader's picture is the 2.2th root of linear light.
+    linear = np.concatenate([(palette / 255) ** 2.2, np.ones((len(palette), 1))], axis=1).astype(np.float32)
     corners = mesh.vertices[mesh.faces].astype(np.float32)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-30)
-    texture = np.concatenate([palette, np.full((len(palette), 1), 255, np.uint8)], axis=1)[None]
     material = render.RenderMaterial()
     material.base_color_texture = render.RenderTexture2D(
-        texture, "R8G8B8A8Unorm", filter_mode="nearest", address_mode="edge", srgb=True
+        linear[None], "R32G32B32A32Sfloat", filter_mode="nearest", address_mode="edge"
     )
     u = ((color.reshape(-1) + 0.5) / len(palette)).repeat(3)
     body = render.RenderBodyComponent()
