@@ -24,7 +24,7 @@ from gsrl_core.splat.scene import Scene
 
 TABLE_COLOR = (0.62, 0.60, 0.57)
 """Of the plane z = 0, sRGB 0 to 1."""
-_TABLE_HALF = 1.5
+_TABLE_HALF = 3.0
 """Half the side of the square that shows it (m)."""
 _SHADERS = Path(sapien.__file__).parent / "vulkan_shader" / "minimal"
 """SAPIEN's pack of shaders that ManiSkill's cameras use too: colour, position and body."""
@@ -32,8 +32,8 @@ _FORMATS = {"Color": "r8g8b8a8unorm", "PositionSegmentation": "r16g16b16a16sint"
 """Of the pack's pictures, as in ManiSkill; new cameras of the process take them."""
 _NEAR, _FAR = 0.01, 100.0
 """Distances between which the cameras see (m)."""
-_POSITION, _OWNER = slice(0, 3), 3
-"""Channels of the picture PositionSegmentation: position in OpenGL camera axes (mm) and the entity's id, 0 for none."""
+_Z, _OWNER = 2, 3
+"""Channels of the picture PositionSegmentation: z in OpenGL camera axes (mm) and the entity's id, 0 for none."""
 
 
 class SapienRasterizer:
@@ -99,7 +99,7 @@ class SapienRasterizer:
             return Frames(rgb)
         seen = torch.from_numpy(seat.get_picture("PositionSegmentation").astype(np.int64))[None]
         owner = seen[..., _OWNER]
-        depth = -seen[..., _POSITION][..., 2] / 1000
+        depth = -seen[..., _Z] / 1000
         return Frames(rgb, torch.where(owner > 0, depth, 0.0), (owner > 0).float(), ids[owner])
 
     def _camera(self, name: str, camera: Camera) -> render.RenderCameraComponent:
@@ -146,30 +146,39 @@ def _render_system() -> render.RenderSystem:
 
 
 def _shape(mesh: ColoredMesh) -> render.RenderBodyComponent:
-    """A mesh in flat facets. The faces' colours are pixels of a texture, one for each colour that occurs."""
-    levels = np.round(255 * mesh.colors.clip(0, 1)).astype(np.uint8)
-    palette, color = np.unique(levels, axis=0, return_inverse=True)
-    # The shader's picture is the 2.2th root of linear light.
-    linear = np.concatenate([(palette / 255) ** 2.2, np.ones((len(palette), 1))], axis=1).astype(np.float32)
+    """A mesh in flat facets."""
+    texture, uv = _palette(mesh.colors)
     corners = mesh.vertices[mesh.faces].astype(np.float32)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-30)
     material = render.RenderMaterial()
-    material.base_color_texture = render.RenderTexture2D(
-        linear[None], "R32G32B32A32Sfloat", filter_mode="nearest", address_mode="edge"
-    )
-    u = ((color.reshape(-1) + 0.5) / len(palette)).repeat(3)
+    material.base_color_texture = texture
     body = render.RenderBodyComponent()
     body.attach(
         render.RenderShapeTriangleMesh(
             vertices=corners.reshape(-1, 3),
             triangles=np.arange(3 * len(corners), dtype=np.uint32).reshape(-1, 3),
             normals=normals.repeat(3, axis=0),
-            uvs=np.column_stack([u, np.full(len(u), 0.5)]).astype(np.float32),
+            uvs=uv.repeat(3, axis=0),
             material=material,
         )
     )
     return body
+
+
+def _palette(colors: np.ndarray) -> tuple[render.RenderTexture2D, np.ndarray]:
+    """A square texture with a pixel for every colour that occurs, and each face's place in it, float32 [F, 2]."""
+    levels = np.round(255 * colors.clip(0, 1)).astype(np.uint8)
+    found, index = np.unique(levels, axis=0, return_inverse=True)
+    side = int(np.ceil(np.sqrt(len(found))))
+    pixels = np.ones((side * side, 4), dtype=np.float32)
+    # The shader's picture is the 2.2th root of linear light.
+    pixels[: len(found), :3] = (found / 255) ** 2.2
+    texture = render.RenderTexture2D(
+        pixels.reshape(side, side, 4), "R32G32B32A32Sfloat", filter_mode="nearest", address_mode="edge"
+    )
+    row, column = np.divmod(index.reshape(-1), side)
+    return texture, ((np.column_stack([column, row]) + 0.5) / side).astype(np.float32)
 
 
 def _table() -> render.RenderBodyComponent:

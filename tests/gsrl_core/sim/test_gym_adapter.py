@@ -116,9 +116,8 @@ def test_the_seeds_four_interfaces(interface):
     wrist = small.model_copy(update={"name": "wrist", "link": "fr3_hand"})
     env = make(gs={"render_interface": interface, "sim": sim_config(cameras=(small, wrist))})
     observation, _ = env.reset(seed=0)
-    env_pictures = [observation["sensor_data"]]
-    env_pictures.append(env.step(np.zeros((2, 7), np.float32))[0]["sensor_data"])
-    for data in env_pictures:
+    after = env.step(np.zeros((2, 7), np.float32))[0]["sensor_data"]
+    for data in (observation["sensor_data"], after):
         assert set(data) == {"3rd_view_camera", "wrist"}
         for pictures in data.values():
             assert set(pictures) == ({"rgb"} if interface == "gs_rlinf" else {"gs", "env"})
@@ -127,9 +126,9 @@ def test_the_seeds_four_interfaces(interface):
             assert all(p.shape == (2, 48, 64, 3) and p.dtype == torch.uint8 for p in shown.values())
     rendered = env.render()
     if interface == "gs_rlinf":
-        assert torch.equal(rendered, env_pictures[1]["3rd_view_camera"]["rgb"])
+        assert torch.equal(rendered, after["3rd_view_camera"]["rgb"])
     else:
-        assert rendered == env_pictures[1]["3rd_view_camera"]
+        assert rendered == after["3rd_view_camera"]
     env.close()
 
 
@@ -140,15 +139,13 @@ def test_env_needs_no_scene_and_shows_the_same_as_beside_splats(monkeypatch):
     sim = sim_config(cameras=(type(sim_config())().cameras[0],), render_downscale=2)
     alone = make(gs={"render_interface": "env", "scene": None, "rasterizer": None, "sim": sim})
     both = make(gs={"render_interface": "env+gs", "sim": sim})
-    first, second = ((e.reset(seed=[5, 6]), e)[0][0]["sensor_data"]["3rd_view_camera"] for e in (alone, both))
-    assert torch.equal(first["env"], second["env"])
-    base = alone.unwrapped._env
-    for i, camera in enumerate([base.cameras()["3rd_view_camera"]] * 2):
-        pixels, _ = camera.project(base.body_poses()[i, BODIES.index("cube"), :3, 3][None])
-        red = first["env"][i].float()
-        rows, columns = torch.nonzero(red[..., 0] > 2 * red[..., 1:].amax(-1) + 20, as_tuple=True)
-        found = torch.stack([columns, rows]).float().mean(dim=1) + 0.5
-        assert (found - pixels[0, 0]).abs().max() < 1.5
+    first, second = (e.reset(seed=[5, 6])[0]["sensor_data"]["3rd_view_camera"]["env"] for e in (alone, both))
+    assert torch.equal(first, second)
+    camera, poses = alone.unwrapped._env.cameras()["3rd_view_camera"], alone.unwrapped._env.body_poses()
+    for picture, pose in zip(first.float(), poses[:, BODIES.index("cube")], strict=True):
+        red = picture[..., 0] > 2 * picture[..., 1:].amax(dim=-1) + 20
+        found = torch.nonzero(red).float().mean(dim=0).flip(0) + 0.5
+        assert (found - camera.project(pose[None, :3, 3])[0][0, 0]).abs().max() < 1.5
     for e in (alone, both):
         e.close()
 

@@ -180,23 +180,22 @@ def test_every_environment_has_its_own_picture(sapien):
 
 
 def test_colours_are_the_meshes_own_under_the_splats_light(alone):
-    """A face that looks up, in two colours beside each other, against the formula of from_mesh.shade."""
+    """Tiles that look up, each in a colour of its own, against the formula of from_mesh.shade."""
     from gsrl_core.splat.from_mesh import Light, shade
 
-    square = np.array([[x, y, 0.1] for x in (-0.2, 0.0, 0.2) for y in (-0.2, 0.2)])
-    faces = np.array([[0, 2, 1], [1, 2, 3], [2, 4, 3], [3, 4, 5]])
-    colors = np.array([[0.8, 0.2, 0.1]] * 2 + [[0.1, 0.5, 0.7]] * 2)
+    colors = np.random.default_rng(0).uniform(0.05, 0.9, (7, 3))
+    left = np.arange(-0.35, 0.35, 0.1)
+    corners = np.array([[[x, -0.2, 0.1], [x + 0.1, -0.2, 0.1], [x + 0.1, 0.2, 0.1], [x, 0.2, 0.1]] for x in left])
+    faces = np.concatenate([4 * np.arange(7)[:, None] + triangle for triangle in ([0, 1, 2], [0, 2, 3])])
     camera = Camera(
-        look_at(torch.tensor([[0.0, 0.001, 1.0]]), torch.zeros(1, 3), up=(0.0, 1.0, 0.0)),
-        intrinsics(100.0, 100.0, 50.0, 50.0)[None], 100, 100,
+        look_at(torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3), up=(0.0, 1.0, 0.0)),
+        intrinsics(90.0, 90.0, 50.0, 50.0)[None], 100, 100,
     )  # fmt: skip
-    picture = alone({"tile": ColoredMesh(square, faces, colors)}).render(
-        empty_scene(("tile",)), torch.eye(4)[None, None], {"top": camera}
-    )["top"].rgb[0]  # fmt: skip
-    expected = 255 * shade(colors[[0, 2]], np.array([[0.0, 0, 1]] * 2), np.ones(2), Light())
-    # World x points right in the picture.
-    assert np.abs(picture[50, 40].numpy() - expected[0]).max() < 2
-    assert np.abs(picture[50, 60].numpy() - expected[1]).max() < 2
+    tiles = alone({"tiles": ColoredMesh(corners.reshape(-1, 3), faces, np.concatenate([colors] * 2))})
+    picture = tiles.render(empty_scene(("tiles",)), torch.eye(4)[None, None], {"top": camera})["top"].rgb[0]
+    # 10 px a tile, world x to the right.
+    seen = picture[50, 20:90:10].numpy()
+    assert np.abs(seen - 255 * shade(colors, np.array([[0.0, 0, 1]] * 7), np.ones(7), Light())).max() < 2
 
 
 def test_a_lens_bends_sapiens_pictures_too(sapien):
