@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--rasterizer", default="auto", choices=("auto", "cuda", "gsplat", "numba"))
     parser.add_argument("--downscale", type=int, default=1, help="pictures of 640/n x 480/n")
     options = parser.parse_args()
+    if options.environments % options.stages or options.workers % options.stages:
+        parser.error("--environments and --workers must be multiples of --stages")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scene = render_scene.scene().to(device)
 
@@ -125,6 +127,7 @@ def main() -> None:
 
     with ExitStack() as stack:
         envs = [stack.enter_context(environment(options.stages)) for _ in range(options.stages)]
+        workers = sum(len(env._physics._workers) for env in envs)
         play(envs, 0.0)  # one batch: starts workers, compiles, grows buffers
         steps, took = play(envs, options.seconds, seed=1)
     with environment(1) as env:
@@ -142,7 +145,7 @@ def main() -> None:
                 "benchmark": "environment",
                 "environments": options.environments,
                 "stages": options.stages,
-                "workers": options.workers or "two per core and stage",
+                "workers": workers,
                 "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                 "env_steps_per_second": round(steps / took, 1),
                 "env_steps": steps,

@@ -56,6 +56,8 @@ def main() -> None:
         common |= {"solver_iterations": settings.solver_iterations, "cores": len(os.sched_getaffinity(0))}
         for size in options.sizes:
             numbers = [int(number) for number in size.split("x")]
+            if numbers[0] % numbers[2] or numbers[1] % numbers[2]:
+                parser.error(f"--sizes {size}: environments and workers must be multiples of the stages")
             print(json.dumps(measure(settings, *numbers, options.chunk, options.seconds) | common), flush=True)
 
 

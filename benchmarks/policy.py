@@ -110,7 +110,7 @@ def peak_gib(reset: bool = False) -> float:
     return peak
 
 
-def random_policy() -> Pi05Policy:
+def random_policy(fast: bool = CUDA) -> Pi05Policy:
     """The seed's recipe at full size: horizon 5, no state in the prompt, frozen part bfloat16, masters float32."""
     sizes = preset("pi05" if CUDA else "pi05_tiny")
     config: Pi05Config = dataclasses.replace(sizes, horizon=CHUNK, discrete_state=False, max_token_len=200)
@@ -125,7 +125,7 @@ def random_policy() -> Pi05Policy:
             parameter.data = parameter.data.to(_stored_dtype(name, dtype))
     stats = (FieldStats(torch.zeros(n), torch.ones(n), -torch.ones(n), torch.ones(n)) for n in (9, 7))
     tokenizer = PromptTokenizer(TOKENIZER, config.max_token_len, config.discrete_state)
-    return Pi05Policy(network.eval(), value_head, None, tokenizer, *stats, Sampling(STEPS, CHUNK), fast=CUDA)
+    return Pi05Policy(network.eval(), value_head, None, tokenizer, *stats, Sampling(STEPS, CHUNK), fast=fast)
 
 
 def observation(batch: int) -> Observation:

@@ -260,7 +260,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, GsrlError):
         return str(error)
     if callable(usage := getattr(error, "format_message", None)):
-        return f"{usage()}; see --help"
+        return f"{usage().rstrip('.')}; see --help"
     from gsrl_core.artifacts import gsrl_home
 
     if gsrl_home().exists() and shutil.disk_usage(gsrl_home()).free < _NO_SPACE:

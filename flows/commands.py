@@ -63,9 +63,9 @@ def assemble(
 
     sim = load(preset, parse_assignments(assignments or [])).sim
     from gsrl_core.assemble import assemble_scene
-    from gsrl_core.sim.tasks import load_task
+    from gsrl_core.sim.tasks import configured_task
 
-    task = load_task(sim.task, sim.task_options)
+    task = configured_task(sim)
     scene = assemble_scene(bench / "scene.ply" if bench.is_dir() else bench, out, task=task)
     typer.echo(f"{out}: {task.name}, {len(scene.body)} Gaussians, bodies {', '.join(scene.names)}")
 

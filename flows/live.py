@@ -15,7 +15,7 @@ from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import rigid_inverse
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim.gs_env import make_env
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.tasks import configured_task
 from gsrl_core.splat.raster import make_rasterizer
 from gsrl_core.splat.scene import Scene
 
@@ -29,7 +29,7 @@ class Live:
 
     def __init__(self, scene: Scene, sim: SimConfig, port: int) -> None:
         """Build the environment and start the server. Raises SimulationError."""
-        task = load_task(sim.task, sim.task_options)
+        task = configured_task(sim)
         self.title = task.name
         self._expert = task.expert()
         self._env = make_env(sim, scene, make_rasterizer(sim.rasterizer), num_envs=1)

@@ -23,7 +23,7 @@ from gsrl_core.hub import fetch_checkpoint
 from gsrl_core.interfaces import NullReporter, Observation
 from gsrl_core.sections import PipelineConfig
 from gsrl_core.sim.task import Task
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.tasks import configured_task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, save_scene
 
@@ -75,7 +75,10 @@ def raster(config: PipelineConfig) -> dict[str, Any]:
 
 
 def render(config: PipelineConfig) -> dict[str, Any]:
-    """Frames per second of the splat renderer: the robot moving over a bench, every environment, every camera."""
+    """Frames per second of the splat renderer: the robot moving over a bench, every environment, every camera.
+
+    Averaging (``sim.render_supersample``) and the lens are included.
+    """
     from gsrl_core.sim.cameras import CameraRig
     from gsrl_core.splat.raster import make_rasterizer
 
@@ -87,11 +90,18 @@ def render(config: PipelineConfig) -> dict[str, Any]:
     rig = CameraRig(config.sim.cameras, config.sim.render_downscale, config.sim.render_supersample)
     still = torch.eye(4).expand(count, 4, 4)
     cameras = {name: camera.to(device) for name, camera in rig.cameras(poses.cpu(), still).items()}
-    seconds = _seconds_per_call(lambda: rasterizer.render(scene, poses, cameras))
+
+    def draw() -> None:
+        for name, frames in rasterizer.render(scene, poses, cameras).items():
+            rig.finished(name, frames)
+
+    seconds = _seconds_per_call(draw)
     return {
         "gaussians": len(scene.body),
         "environments": count,
-        "pixels": [[camera.width, camera.height] for camera in cameras.values()],
+        "pixels": [list(size)[::-1] for size in rig.sizes().values()],
+        "pixels_drawn": [[camera.width, camera.height] for camera in cameras.values()],
+        "rasterizer": type(rasterizer).__name__,
         "ms_per_frame": 1000 * seconds / (count * len(cameras)),
         "frames_per_s": count * len(cameras) / seconds,
     }
@@ -151,7 +161,7 @@ def synthetic_scene(task: Task, seed: int = 0) -> Scene:
 
 
 def _task(config: PipelineConfig) -> Task:
-    return load_task(config.sim.task, config.sim.task_options)
+    return configured_task(config.sim)
 
 
 def _random_bench(count: int, sh_degree: int, seed: int = 0) -> Gaussians:

@@ -12,13 +12,16 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from gsrl_core.errors import ConfigError
 from gsrl_core.sections import PipelineConfig, Section, absolute_files
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PRESETS = ("full", "one-gpu", "cluster", "laptop", "stack-cube", "pick-and-place")
 _SUFFIXES = (".yaml", ".yml")
@@ -133,13 +136,14 @@ def _validated(tree: dict[str, Any], source: str) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'configuration'}: {item['msg']} (given: {item['input']!r})"
-            if item["loc"]
-            else item["msg"]
-            for item in error.errors()
-        )
-        raise ConfigError(f"{source}: {problems}") from error
+        raise ConfigError(f"{source}: {'; '.join(map(_problem, error.errors()))}") from error
+
+
+def _problem(item: ErrorDetails) -> str:
+    """One line of what pydantic found. Relations are found in a whole section; they name the values themselves."""
+    where = f"{'.'.join(map(str, item['loc']))}: " if item["loc"] else ""
+    given = "" if isinstance(item["input"], Mapping | BaseModel) else f" (given: {item['input']!r})"
+    return f"{where}{item['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -42,13 +42,13 @@ def collect_demos(scene: Path, out: Path, config: PipelineConfig, reporter: Repo
         TrainingError: ``out`` holds shards of another scene or other settings, or no episode succeeded.
     """
     from gsrl_core.sim.gs_env import make_env
-    from gsrl_core.sim.tasks import load_task
+    from gsrl_core.sim.tasks import configured_task
     from gsrl_core.splat.raster import make_rasterizer
     from gsrl_core.splat.scene import load_scene
 
     device = torch.device("cpu") if config.sim.rasterizer == "numba" else default_device()
     loaded = load_scene(scene).to(device)
-    expert = load_task(config.sim.task, config.sim.task_options).expert()
+    expert = configured_task(config.sim).expert()
     env = make_env(config.sim, loaded, make_rasterizer(config.sim.rasterizer))
     try:
         return record_demos(env, expert, out, config, reporter, scene=digest_folder(scene))

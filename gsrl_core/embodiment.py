@@ -87,14 +87,14 @@ def default_device() -> torch.device:
 
 
 def _card(config: PipelineConfig) -> str:
-    from gsrl_core.sim.tasks import load_task
+    from gsrl_core.sim.tasks import configured_task, told_instruction
 
     ppo, policy = config.ppo, config.policy
-    task = load_task(config.sim.task, config.sim.task_options)
+    task = configured_task(config.sim)
     return (
         "# pi0.5 after PPO in a splat-rendered environment\n\n"
-        f'Task: {task.name}, "{config.sim.instruction or task.instruction}". '
-        f"{ppo.iterations} iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
+        f'Task: {task.name}, "{told_instruction(config.sim, task)}". '
+        f"Iterations of {ppo.rollout_epochs} x {config.sim.num_envs} episodes, {policy.noise_method}, "
         f"{policy.denoise_steps} denoising steps, chunks of {policy.action_chunk}. training.json holds settings and "
         "history; heads.safetensors the critic, which serving does not need.\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def finetune(
     reporter: Reporter,
     *,
     embodiment: Embodiment | None = None,
+    deadline: float = math.inf,
 ) -> dict[str, JsonScalar]:
     """Improve a policy by PPO in the splat-rendered environment.
 
@@ -54,6 +56,8 @@ def finetune(
         config: sections sim, policy, ppo, cluster and tracking act; evaluation for its seeds, which are avoided.
         reporter: hears the metrics of every iteration.
         embodiment: something else than pi0.5 in the splat environment.
+        deadline: value of ``time.monotonic()`` by which iterations are to end. The first is always made; after it, none
+            is begun that would end later if it took as long as the last.
 
     Returns:
         A few facts: iterations, episodes, success rates under exploration at both ends, seconds.
@@ -76,7 +80,7 @@ def finetune(
             for step, metrics in enumerate(history, start=1):
                 reporter.metrics(metrics, step)  # the run that this process reports to has not seen them
         with _event_writer(out / "tensorboard", config.tracking.tensorboard, history) as write_events:
-            _train(team, config, history, workspace / "checkpoint.pt", fingerprint, reporter, write_events)
+            _train(team, config, history, workspace / "checkpoint.pt", fingerprint, reporter, write_events, deadline)
         team.save_policy(out)
     finally:
         team.close()
@@ -118,6 +122,7 @@ def _train(
     fingerprint: str,
     reporter: Reporter,
     write_events: Any,
+    deadline: float,
 ) -> None:
     total = config.ppo.iterations
     for iteration in range(len(history), total):
@@ -127,8 +132,11 @@ def _train(
         write_events(metrics, iteration + 1)
         success = metrics["env/success_once"]
         reporter.progress((iteration + 1) / total, f"iteration {iteration + 1}/{total}, success {success:.2f}")
-        if (iteration + 1) % config.ppo.checkpoint_every == 0 or iteration + 1 == total:
+        late = time.monotonic() + metrics["time/step"] > deadline
+        if (iteration + 1) % config.ppo.checkpoint_every == 0 or iteration + 1 == total or late:
             save_progress(path, fingerprint, history, team.training_state())
+        if late:
+            break
 
 
 def _iterate(team: Team, config: PipelineConfig, iteration: int) -> dict[str, float]:
@@ -167,8 +175,10 @@ def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
 
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:
     ppo = config.ppo.model_copy(update={name: 1 for name in _FREE})
-    # Who collects how many episodes decides the order of the noise, so the cluster section counts too.
-    settings = section_digest(config.sim, config.policy, ppo, config.cluster)
+    # Who collects how many episodes decides the order of the noise, so the cluster section counts too; how learners
+    # divide the weights does not.
+    cluster = config.cluster.model_copy(update={"data_parallel": "ddp"})
+    settings = section_digest(config.sim, config.policy, ppo, cluster)
     return "\n".join([digest_folder(checkpoint), digest_folder(scene), settings])
 
 
@@ -193,7 +203,7 @@ def _event_writer(folder: Path, enabled: bool, history: History) -> Iterator[Any
 
 
 def _write_records(out: Path, config: PipelineConfig, history: History) -> None:
-    first, last = training_seeds(config, 0), training_seeds(config, config.ppo.iterations - 1)
+    first, last = training_seeds(config, 0), training_seeds(config, len(history) - 1)
     record = {
         "settings": {
             name: getattr(config, name).model_dump(mode="json") for name in ("sim", "policy", "ppo", "cluster")

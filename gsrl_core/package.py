@@ -36,7 +36,7 @@ from gsrl_core.interfaces import Policy, Reporter
 from gsrl_core.package_card import installed_requirements, machine_facts, model_card
 from gsrl_core.sections import PipelineConfig, SimConfig
 from gsrl_core.sim.task import EpisodeSpec, Task
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.tasks import configured_task, told_instruction
 
 CHECKPOINT_FILES = ("model.safetensors", "config.json", "tokenizer.model")
 SECTIONS = ("sim", "policy", "evaluation", "release")
@@ -186,14 +186,14 @@ def contract_of(config: PipelineConfig, policy: Policy) -> Contract:
         raise PackageError(
             f"the policy has {policy.action_dim} action values; packages need 7 (xyz, Euler XYZ, gripper)"
         )
-    task = load_task(config.sim.task, config.sim.task_options)
+    task = configured_task(config.sim)
     given = config.sim.cameras[0]
     camera = from_sapien(
         given.position, given.rotation, given.fx, given.fy, given.cx, given.cy, given.width, given.height
     ).scaled(1.0 / config.sim.render_downscale)
     return Contract(
         task=task.name,
-        instruction=config.sim.instruction or task.instruction,
+        instruction=told_instruction(config.sim, task),
         camera=CameraContract(
             name=given.name,
             width=camera.width,
@@ -232,7 +232,7 @@ def _fill(
         contract,
         load_scene(out / "scene"),
         make_rasterizer(config.sim.rasterizer),
-        _placements(load_task(config.sim.task, config.sim.task_options), config.evaluation.seed),
+        _placements(configured_task(config.sim), config.evaluation.seed),
     )
     parity.save_vectors(out / "parity", vectors)
     latency = parity.measure_latency(service, vectors, contract, LATENCY_SAMPLES) | {"machine": machine_facts()}

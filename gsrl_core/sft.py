@@ -34,6 +34,8 @@ from gsrl_core.states import load_state, save_state
 logger = logging.getLogger(__name__)
 
 TINY_TOKENIZER = Path(__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
+FROM_RANDOM = ("pi05_tiny", "pi05_small")
+"""Sizes that can be trained from random weights; they share the tiny tokenizer."""
 LOG_EVERY = 100
 MAX_GRAD_NORM = 1.0
 FINAL_LEARNING_RATE = 0.1
@@ -69,7 +71,7 @@ def train_sft(
         demos: folder written by :func:`gsrl_core.demos.collect_demos`.
         out: checkpoint folder (openpi layout).
         init: checkpoint to start from, with its statistics and tokenizer; None starts from random weights.
-        model: name of the sizes for a random start; only ``pi05_tiny`` has a tokenizer of its own.
+        model: name of the sizes for a random start; ``pi05_tiny`` and ``pi05_small`` share a tokenizer of their own.
         config: the ``sft`` section.
         device: where to train.
         reporter: told losses and progress.
@@ -265,7 +267,7 @@ def _start(
         parts = _Parts(network, load_tokenizer(init, sizes), *read_norm_stats(init), carried)
     else:
         sizes = preset(model)
-        if model != "pi05_tiny":
+        if model not in FROM_RANDOM:
             raise CheckpointError(f"{model} is not trained from random weights; give a checkpoint to start from")
         network = Pi05(sizes)
         initialise(network, config.seed)

@@ -29,7 +29,9 @@ class Team:
         # A cluster that the caller had joined before stays joined.
         self._joined_ray = self._ray and start_ray()
         self.placement = _placement(config)
-        self._collocated = self.placement.collocated
+        self._sharded = config.cluster.data_parallel == "fsdp2"
+        # Learners that hold parts of the weights cannot act: they are processes of their own beside the collectors.
+        self._collocated = self.placement.collocated and not self._sharded
         count, stages = len(self.placement.env), config.cluster.pipeline_stage_num
         if config.sim.num_envs % (count * stages):
             raise PlacementError(
@@ -43,6 +45,7 @@ class Team:
             num_envs=config.sim.num_envs // count if self._collocated else 0,
             max_chunks=config.sim.max_episode_steps // config.policy.action_chunk,
             learns=True,
+            sharded=self._sharded,
         )
         self._learners: WorkerGroup
         self._collectors: WorkerGroup
@@ -93,8 +96,8 @@ class Team:
         return metrics | {"time/sync_weights": time.perf_counter() - start}
 
     def training_state(self) -> dict[str, Any]:
-        """For a checkpoint; the same on all learners."""
-        return self._learners.submit(0, "training_state").result()
+        """For a checkpoint; the same whatever the number of learners and however they divide the weights."""
+        return self._learners.call("training_state")[0]
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state back everywhere."""
@@ -104,7 +107,8 @@ class Team:
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy as a checkpoint folder."""
-        self._learners.submit(0, "save_policy", folder).result()
+        # A collector has the learners' weights, and has them whole.
+        self._collectors.submit(0, "save_policy", folder).result()
 
     def close(self) -> None:
         """End all workers."""
@@ -119,6 +123,8 @@ class Team:
         if self._collocated:
             self._learners = self._collectors = RayWorkers("actor", learning, placement.actor)
         else:
+            if self._sharded and len(placement.actor) == 1:
+                raise PlacementError("cluster.data_parallel fsdp2 divides weights among actor processes; one is placed")
             if any(len(devices) > 1 for devices in placement.actor):
                 raise PlacementError(
                     f"actor processes with several devices ({placement.actor}): a learner uses one device; give as "
@@ -139,12 +145,19 @@ class Team:
         if self._learners.size > 1:
             policy_devices = [devices[-1] for devices in placement.actor]
             nccl = bool(cluster_devices()) and len(set(policy_devices)) == len(policy_devices)
+            if self._sharded and cluster_devices() and not nccl:
+                raise PlacementError(
+                    f"cluster.data_parallel fsdp2 needs a GPU for each actor process; given {placement.actor}"
+                )
             self._learners.call("join", self._learners.size, self._learners.node_address(0), nccl)
         if not self._collocated:
             self._sync_weights()
 
     def _sync_weights(self) -> None:
-        self._collectors.call("apply_weights", self._learners.submit(0, "changed_weights"))
+        # Sharded weights are gathered by all learners together.
+        changed = [self._learners.submit(rank, "changed_weights") for rank in range(self._learners.size)]
+        applied = [self._collectors.submit(rank, "apply_weights", changed[0]) for rank in range(self._collectors.size)]
+        finish([*changed[1:], *applied])
 
     def _heal(self, rank: int) -> None:
         self._collectors.submit(rank, "apply_weights", self._learners.submit(0, "all_weights")).result()

@@ -18,6 +18,7 @@ from gsrl_core.errors import WorkerError
 from gsrl_core.rl.ppo import Learner, PpoSettings
 from gsrl_core.rl.rollout import EpisodeStats, Rollout, collect, concatenate, split
 from gsrl_core.sections import PpoConfig
+from gsrl_core.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class WorkerSpec:
     """Environments of one worker over all stages; 0 for a worker that only learns."""
     max_chunks: int
     learns: bool
+    sharded: bool = False
+    """Learners hold a part of the weights each, and nothing else on their devices; they never collect."""
 
     def __call__(self, rank: int) -> TrainingWorker:
         """Make the worker."""
@@ -44,7 +47,8 @@ class TrainingWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         render_device, policy_device = own_devices()
         self._spec, self._rank = spec, rank
-        self._policy = spec.embodiment.make_policy(policy_device)
+        # Weights that will be divided must not all be on the device before.
+        self._policy = spec.embodiment.make_policy(torch.device("cpu") if spec.sharded else policy_device)
         self._envs = [
             spec.embodiment.make_env(spec.num_envs // spec.stages, render_device)
             for _ in range(spec.stages if spec.num_envs else 0)
@@ -59,6 +63,8 @@ class TrainingWorker:
     def join(self, world_size: int, address: str, nccl: bool) -> None:
         """Train together with the other learners; called on all at once."""
         self._collective = ProcessGroup(self._rank, world_size, address, nccl=nccl)
+        if self._spec.sharded:
+            self._policy.shard(self._collective.mesh(own_devices()[1].type))
         self._learner = self._new_learner()
 
     def collect(self, seeds: Sequence[int], noise_seed: Sequence[int]) -> tuple[EpisodeStats, float]:
@@ -87,9 +93,14 @@ class TrainingWorker:
         self._rollout = None
         return metrics | {"time/actor_training": time.perf_counter() - start}
 
-    def changed_weights(self) -> WeightUpdate:
-        """What changed since the last call."""
-        return self._publisher.changes(self._policy.state_dict_trainable())
+    def changed_weights(self) -> WeightUpdate | None:
+        """What changed since the last call; called on all learners at once, and the first one answers."""
+        weights = self._policy.state_dict_trainable()
+        if self._rank == 0:
+            return self._publisher.changes(weights)
+        for tensor in weights.values():
+            whole(tensor)
+        return None
 
     def all_weights(self) -> WeightUpdate:
         """What was sent so far, in full."""
@@ -99,9 +110,13 @@ class TrainingWorker:
         """Take over a learner's weights."""
         self._receiver.apply(update, self._policy.state_dict_trainable())
 
-    def training_state(self) -> dict[str, Any]:
-        """The learner's state on the CPU, for a checkpoint: it may be read where no GPU is."""
-        return _on_cpu(self._require_learner().state_dict())
+    def training_state(self) -> dict[str, Any] | None:
+        """The learner's state on the CPU, for a checkpoint: it may be read where no GPU is.
+
+        Called on all learners at once, and the first one answers.
+        """
+        state = _on_cpu(self._require_learner().state_dict(), keep=self._rank == 0)
+        return state if self._rank == 0 else None
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put a checkpoint's state back."""
@@ -141,9 +156,11 @@ def own_devices() -> tuple[torch.device, torch.device]:
     return torch.device("cuda", 0), torch.device("cuda", count - 1)
 
 
-def _on_cpu(tree: Any) -> Any:
+def _on_cpu(tree: Any, *, keep: bool) -> Any:
+    """Whole tensors in host memory; a process that does not ``keep`` them only gives its parts."""
     if isinstance(tree, torch.Tensor):
-        return tree.cpu()
+        full = whole(tree)
+        return full.cpu() if keep else None
     if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    return [_on_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+        return {key: _on_cpu(value, keep=keep) for key, value in tree.items()}
+    return [_on_cpu(value, keep=keep) for value in tree] if isinstance(tree, (list, tuple)) else tree

@@ -1,5 +1,7 @@
 """Make the pi05_tiny checkpoint that ships with the project: scripted demonstrations -> flow-matching SFT -> folder.
 
+--model pi05_small makes the 30 M parameter model in the same way.
+
     python scripts/make_tiny_checkpoint.py --plain-table --out outputs/plain
     python scripts/make_tiny_checkpoint.py --scene SCENE --init outputs/plain --share 0.23
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/pi05_tiny"), help="demonstrations and training state"
     )
+    parser.add_argument("--model", choices=("pi05_tiny", "pi05_small"), default="pi05_tiny", help="without --init")
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
     options = parser.parse_args()
@@ -80,7 +83,7 @@ def main() -> None:
         demos,
         options.out,
         options.init,
-        "pi05_tiny",
+        options.model,
         config.sft,
         device="cuda" if torch.cuda.is_available() else "cpu",
         reporter=reporter,

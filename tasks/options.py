@@ -119,7 +119,7 @@ def task_version(sim: SimConfig) -> str:
     """Digest of what the configured task is: its options, its code (a user's file too) and the files that it names."""
     from gsrl_core.sim import tasks  # SAPIEN's warnings filter, numpy
 
-    code, task = tasks.code_location(sim.task), tasks.load_task(sim.task, sim.task_options)
+    code, task = tasks.code_location(sim.task), tasks.configured_task(sim)
     parts = [
         code_version(code) if isinstance(code, str) else digest_file(code),
         repr(sorted(sim.task_options.items())),

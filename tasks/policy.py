@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from prefect import task
 
 from gsrl_core import hub
 from gsrl_core.artifacts import Store
+from gsrl_core.errors import CheckpointError
 from gsrl_core.sections import PipelineConfig
 from tasks import options
 from tasks.stage import Build, Result, Stage, run_stage
@@ -24,7 +29,8 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
 
         facts = hub.fetch_into(source, build.out, "model", policy.sha256, store, build.reporter)
         # Now, because the first stage that loads the weights comes after the reconstruction.
-        check_checkpoint(build.out, action_chunk=policy.action_chunk, noise_method=policy.noise_method)
+        with _named(policy.checkpoint, build.out):
+            check_checkpoint(build.out, action_chunk=policy.action_chunk, noise_method=policy.noise_method)
         return facts
 
     identity = {
@@ -33,3 +39,12 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
         "checked for": f"{policy.action_chunk}, {policy.noise_method}",
     }
     return run_stage(CHECKPOINT, config, {}, body, parent_run_id, identity=identity)
+
+
+@contextmanager
+def _named(reference: str, copy: Path) -> Iterator[None]:
+    """Errors about a copy that nobody gets to see name what it is a copy of: there it can be mended."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(copy), reference)) from error

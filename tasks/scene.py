@@ -89,11 +89,10 @@ def _photos(capture: Path) -> Path:
 
 def _assemble(build: Build) -> dict[str, Any]:
     from gsrl_core.assemble import assemble_scene as driver
-    from gsrl_core.sim.tasks import load_task
+    from gsrl_core.sim.tasks import configured_task
 
-    sim = build.config.sim
     scene = driver(
         build.inputs["reconstruction"] / "scene.ply", build.out,
-        gsenv=build.inputs.get("gsenv"), task=load_task(sim.task, sim.task_options),
+        gsenv=build.inputs.get("gsenv"), task=configured_task(build.config.sim),
     )  # fmt: skip
     return {"gaussians": len(scene.body), "bodies": len(scene.names)}

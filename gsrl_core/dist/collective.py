@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gsrl_core.errors import WorkerError
 
@@ -78,6 +79,10 @@ class ProcessGroup:
         """Rank 0's values, in place."""
         distributed.broadcast(tensor, src=0)
         return tensor
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """All processes in a row, each with its current device of this type (``cpu`` or ``cuda``)."""
+        return init_device_mesh(device_type, (self.world_size,))
 
     def close(self) -> None:
         """Leave the group."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.errors import WorkerError
+from gsrl_core.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class WeightPublisher:
         self._version = 0
 
     def changes(self, weights: Mapping[str, Tensor]) -> WeightUpdate:
-        """The tensors that changed since the last call; the first time all."""
+        """The tensors that changed since the last call; the first time all. Sharded ones are sent whole."""
         changed = {}
         for name, tensor in weights.items():
-            now = tensor.detach().to("cpu", copy=True)
+            now = whole(tensor.detach()).to("cpu", copy=True)
             if name not in self._sent or not torch.equal(now, self._sent[name]):
                 changed[name] = self._sent[name] = now
         base = self._version or None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ from gsrl_core.policy.transforms import (
     to_network_range,
 )
 from gsrl_core.policy.value import ValueHead
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 TEXT_BLOCK = 16
 """Chains reserve room for the prompt in multiples of this, so that samples of different chunks can be stacked."""
@@ -88,10 +92,8 @@ class Pi05Policy:
         self.carried = dict(carried or {})
         self.horizon = sampling.action_chunk
         self.action_dim = self.action_normalizer.width
-        self._actor = dict(network.trainable_in_ppo())
-        if noise_head is not None:
-            self._actor |= {f"noise_head.{name}": p for name, p in noise_head.named_parameters()}
-        self._critic = {f"value_head.{name}": p for name, p in value_head.named_parameters()}
+        self.sharded: FSDPModule | None = None
+        self._actor, self._critic = self._find_trainable()
         network.requires_grad_(False)
         for parameter in (*self._actor.values(), *self._critic.values()):
             parameter.requires_grad_(True)
@@ -144,9 +146,23 @@ class Pi05Policy:
     def evaluate(self, chain: Mapping[str, Tensor]) -> Evaluation:
         """Log-probability, entropy and value of stored samples, with gradients to the trainable parameters."""
         chain = {name: tensor.to(self.device, non_blocking=True) for name, tensor in chain.items()}
-        prefix = self.store.fetch(chain, self._sampler.run_prefix)
-        log_prob, entropy = self._sampler.log_prob(prefix, chain)
-        return Evaluation(log_prob, entropy, self.value_head(chain["pooled"]))
+        run = self._evaluate if self.sharded is None else self.sharded
+        log_prob, entropy, value = run(chain)
+        return Evaluation(log_prob, entropy, value)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep only this process's part of all weights, frozen ones included, on the devices of ``mesh``.
+
+        From now on all processes must evaluate together, and the policy cannot act any more: inference would have to
+        gather the weights in every process at the same moment.
+        """
+        # Only learners need these imports, which take a second.
+        from gsrl_core.policy.shards import Evaluator, shard_evaluator
+
+        self._sampler = Sampler(self.network, self.value_head, self.noise_head, self.sampling, self.action_dim)
+        evaluator = Evaluator(self._evaluate, self.network, self.value_head, self.noise_head)
+        self.sharded = shard_evaluator(evaluator, self.network, mesh)
+        self._actor, self._critic = self._find_trainable()
 
     @torch.no_grad()
     def value(self, observation: Observation) -> Tensor:
@@ -187,6 +203,17 @@ class Pi05Policy:
             return packed
         state = self.state_normalizer.normalize(observation.state.to(self.device))
         return replace(packed, state=pad_last(state, self.network.config.action_dim))
+
+    def _evaluate(self, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        prefix = self.store.fetch(chain, self._sampler.run_prefix)
+        return *self._sampler.log_prob(prefix, chain), self.value_head(chain["pooled"])
+
+    def _find_trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Parameters of the actor and of the critic by name."""
+        actor = dict(self.network.trainable_in_ppo())
+        if self.noise_head is not None:
+            actor |= {f"noise_head.{name}": p for name, p in self.noise_head.named_parameters()}
+        return actor, {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
 
     def _explore_draws(self, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         steps = self.sampling.denoise_steps

@@ -78,6 +78,29 @@ PRESETS: Mapping[str, Pi05Config] = {
         value_hidden=(256, 128),
         noise_hidden=(64, 64),
     ),
+    # 30 M parameters, 5 M of them in the expert, so that PPO's state (weights and two moments) stays near 60 MB.
+    "pi05_small": Pi05Config(
+        image_size=128,
+        patch_size=16,
+        vision_width=384,
+        vision_depth=8,
+        vision_heads=6,
+        vision_mlp=1152,
+        width=384,
+        depth=8,
+        mlp=1152,
+        heads=4,
+        kv_heads=1,
+        head_dim=64,
+        expert_width=192,
+        expert_mlp=512,
+        vocab_size=512,
+        action_dim=8,
+        horizon=5,
+        max_token_len=48,
+        value_hidden=(256, 128),
+        noise_hidden=(64, 64),
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Proximal policy optimisation of a chunk policy, data-parallel over any number of processes.
 
 Every process holds its own rollout, and all draw the same permutation of the union of samples: a minibatch is the same
-set of samples, and the update the same up to rounding, whatever the number of processes.
+set of samples, and the update the same up to rounding, whatever the number of processes. All go through a minibatch in
+the same number of passes, because sharded weights are gathered in every pass by all processes together.
 """
 
 from __future__ import annotations
@@ -13,16 +14,26 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from gsrl_core.errors import TrainingError
 from gsrl_core.interfaces import Policy
 from gsrl_core.rl import losses
 from gsrl_core.rl.returns import explained_variance, generalized_advantages
 from gsrl_core.rl.rollout import Rollout
+from gsrl_core.sharding import memory_of, own_part, reduce_gradients, whole
 
 
 class TrainablePolicy(Policy, Protocol):
     """A policy whose weights PPO may change."""
+
+    sharded: FSDPModule | None
+    """What :meth:`shard` made: its backward pass sums gradients over all processes. None before."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep only this process's part of all weights, from now on; then the policy can be evaluated, but not act."""
+        ...
 
     def trainable_parameters(self) -> Mapping[str, list[nn.Parameter]]:
         """``{"actor": [...], "critic": [...]}``, disjoint, always in the same order."""
@@ -93,6 +104,8 @@ class _Batch:
 
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
+# Tensors of a pass that are checked for non-finite numbers, in this order.
+_CHECKED = ("advantages", "entropy", "log_prob", "loss", "old_log_prob", "old_value", "returns", "value")
 
 
 class Learner:
@@ -125,13 +138,16 @@ class Learner:
         """
         batch, metrics = self._prepare(rollout)
         counts = self.collective.gather(torch.tensor([rollout.num_samples])).reshape(-1)
+        if self.policy.sharded is not None and not counts.all():
+            raise TrainingError(f"processes of sharded weights need samples each; given {counts.tolist()}")
         first, total = int(counts[: self.collective.rank].sum()), int(counts.sum())
         warming_up = self.iteration < self.settings.critic_warmup_iterations
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         norms, seen, stopped = [], 0, False
         for minibatch in self._minibatches(total):
             mine = minibatch[(minibatch >= first) & (minibatch < first + rollout.num_samples)] - first
-            minibatch_sums = self._accumulate_gradients(rollout, batch, mine, len(minibatch), warming_up)
+            passes = self._passes(minibatch, counts)
+            minibatch_sums = self._accumulate_gradients(rollout, batch, mine, passes, len(minibatch), warming_up)
             sums += minibatch_sums
             seen += len(minibatch)
             mean_kl = float(minibatch_sums[_SUMS.index("kl_k3")]) / len(minibatch)
@@ -148,7 +164,10 @@ class Learner:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs to go on with the same numbers. Shares memory with the running learner."""
+        """All that a restart needs to go on with the same numbers. Shares memory with the running learner.
+
+        Sharded tensors stay sharded; :func:`~gsrl_core.sharding.whole` gives what any number of processes can load.
+        """
         return {
             "iteration": self.iteration,
             "parameters": {name: [p.detach() for p in group] for name, group in self.groups.items()},
@@ -157,7 +176,10 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned. Raises TrainingError if it belongs to another policy."""
+        """Put back what :meth:`state_dict` returned, be it of whole or of sharded weights.
+
+        Raises TrainingError if it belongs to another policy.
+        """
         stored = {name: [tuple(t.shape) for t in group] for name, group in state["parameters"].items()}
         own = {name: [tuple(p.shape) for p in group] for name, group in self.groups.items()}
         if stored != own:
@@ -168,8 +190,13 @@ class Learner:
         with torch.no_grad():
             for name, group in self.groups.items():
                 for parameter, value in zip(group, state["parameters"][name], strict=True):
-                    parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+                    parameter.copy_(own_part(value, parameter))
+        parameters = [*self.groups["actor"], *self.groups["critic"]]
+        moments = {
+            index: {name: v if name == "step" else own_part(v, parameters[index]) for name, v in values.items()}
+            for index, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.generator.set_state(state["generator"].cpu())
         self.iteration = state["iteration"]
 
@@ -211,28 +238,41 @@ class Learner:
         for _ in range(self.settings.update_epochs):
             yield from torch.randperm(total, generator=self.generator).tensor_split(pieces)
 
+    def _passes(self, minibatch: Tensor, counts: Tensor) -> int:
+        """Passes of at most ``micro_batch`` samples that the process with most of this minibatch needs."""
+        owner = torch.searchsorted(counts.cumsum(0), minibatch, right=True)
+        return math.ceil(int(owner.bincount().max()) / self.settings.micro_batch)
+
     def _accumulate_gradients(
-        self, rollout: Rollout, batch: _Batch, mine: Tensor, minibatch_size: int, warming_up: bool
+        self, rollout: Rollout, batch: _Batch, mine: Tensor, passes: int, minibatch_size: int, warming_up: bool
     ) -> Tensor:
         """Gradients of the minibatch's mean loss, of this process's samples; sums of ``_SUMS`` over all processes'."""
         self.optimizer.zero_grad(set_to_none=True)
         # Read at the end, so that the device is not waited for after every microbatch.
-        sums, healthy, names = [torch.zeros(len(_SUMS), dtype=torch.float64)], [], ()
+        sums, broken = [torch.zeros(len(_SUMS), dtype=torch.float64)], [torch.zeros(len(_CHECKED))]
         # In the order of storage; a sum does not care.
-        for index in mine.sort().values.split(self.settings.micro_batch):
-            loss, named, terms = self._loss(rollout, batch, index, warming_up)
-            (loss / minibatch_size).backward()
-            sums.append(torch.stack([term.detach().double().sum() for term in terms]))
-            healthy.append(torch.stack([tensor.detach().isfinite().all() for tensor in named.values()]))
-            names = tuple(named)
+        for number, index in enumerate(mine.sort().values.tensor_split(passes), start=1):
+            if self.policy.sharded is not None:
+                reduce_gradients(self.policy.sharded, number == passes)
+            elif not len(index):
+                continue
+            # A process without samples takes part in the pass all the same, with a sample that does not count.
+            weight = 1 / minibatch_size if len(index) else 0.0
+            loss, named, terms = self._loss(rollout, batch, index if len(index) else torch.tensor([0]), warming_up)
+            (loss * weight).backward()
+            if len(index):
+                sums.append(torch.stack([term.detach().double().sum() for term in terms]))
+                broken.append(torch.stack([(~named[name].detach().isfinite()).any().float() for name in _CHECKED]))
         total = self.collective.sum(torch.stack([part.cpu() for part in sums]).sum(0))
         if not total.isfinite().all():
-            whole = torch.stack(healthy).all(0).tolist() if healthy else []
-            culprits = sorted(name for name, good in zip(names, whole, strict=True) if not good)
-            where = f"in {', '.join(culprits)}" if culprits else "in another process"
+            found = self.collective.sum(torch.stack([part.cpu() for part in broken]).sum(0)).tolist()
+            culprits = [name for name, count in zip(_CHECKED, found, strict=True) if count]
+            # A statistic that is not part of the loss may overflow alone.
+            culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite numbers {where}; resume from the last checkpoint with a "
-                "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
+                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last "
+                "checkpoint with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the "
+                "iterations before"
             )
         return total
 
@@ -268,20 +308,22 @@ class Learner:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.collective.world_size > 1:
+        if self.collective.world_size > 1 and self.policy.sharded is None:
             _sum_gradients(parameters, self.collective)
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
         if not norm.isfinite():
-            names = {tensor.data_ptr(): name for name, tensor in self.policy.state_dict_trainable().items()}
+            names = {memory_of(tensor): name for name, tensor in self.policy.state_dict_trainable().items()}
             bad = [
-                names.get(parameter.data_ptr(), f"a tensor of shape {tuple(parameter.shape)}")
+                names.get(memory_of(parameter), f"a tensor of shape {tuple(parameter.shape)}")
                 for parameter in parameters
-                if parameter.grad is not None and not parameter.grad.isfinite().all()
+                if parameter.grad is not None and not whole(parameter.grad).isfinite().all()
             ]
             raise TrainingError(
                 f"iteration {self.iteration}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         # The fused optimizer does not count, and copies of the weights are renewed when the count has changed.
         torch.autograd.graph.increment_version(parameters)

@@ -15,7 +15,8 @@ from gsrl_core.errors import SimulationError
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3, task
 from gsrl_core.sim import states as layout
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.settings import action_dim
+from gsrl_core.sim.tasks import configured_task
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ class BatchPhysics:
             raise SimulationError(f"ManiSkill runs one environment on the CPU, not {num_envs}; use the worker pool")
         from gsrl_core.sim.maniskill import env_class
 
-        made = load_task(sim.task, sim.task_options)
+        made = configured_task(sim)
         self._seeds: list[int] = []
-        self._action_dim = 7 if "ee" in sim.control_mode else 8
+        self._action_dim = action_dim(sim.control_mode)
         objects = len(made.bodies)
         self.states = layout.view(
             bytearray(layout.size_in_bytes(num_envs, sim.max_episode_steps, objects)),

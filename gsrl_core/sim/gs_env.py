@@ -20,10 +20,10 @@ from gsrl_core.sim.perturb import Episode, Perturbation
 from gsrl_core.sim.pool import Physics, Pool
 from gsrl_core.sim.privileged import privileged
 from gsrl_core.sim.realism import Realism
-from gsrl_core.sim.settings import WorldSettings
+from gsrl_core.sim.settings import WorldSettings, action_dim
 from gsrl_core.sim.states import PARTS
 from gsrl_core.sim.task import body_names
-from gsrl_core.sim.tasks import load_task
+from gsrl_core.sim.tasks import configured_task, told_instruction
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
@@ -49,7 +49,7 @@ def make_env(
             that cannot be drawn, or physics that this machine lacks.
         WorkerError: a physics process could not be started.
     """
-    played = load_task(sim.task, sim.task_options)
+    played = configured_task(sim)
     count = sim.num_envs if num_envs is None else num_envs
     if count < 1:
         raise SimulationError(f"num_envs is {count}; at least 1 is needed")
@@ -85,12 +85,12 @@ class GsVecEnv:
         realism: Realism | None = None,
     ) -> None:
         self.num_envs = len(physics.states.qpos)
-        self.action_dim = 7 if "ee" in sim.control_mode else 8
+        self.action_dim = action_dim(sim.control_mode)
         self.control_hz = float(sim.control_hz)
         self.max_episode_steps = sim.max_episode_steps
         self.device = scene.gaussians.means.device
-        played = load_task(sim.task, sim.task_options)
-        self._instruction = sim.instruction or played.instruction
+        played = configured_task(sim)
+        self._instruction = told_instruction(sim, played)
         self._objects = tuple(thing.name for thing in played.bodies)
         self._scene = scene
         self._rasterizer = rasterizer

@@ -223,7 +223,7 @@ class TaskEnv(BaseEnv):
             forces = self.scene.get_pairwise_contact_forces(self.objects[name], other)
             return (torch.linalg.norm(forces, dim=-1) > 0).cpu()
 
-        links = [self.agent.robot.links_map[link] for link in (*fr3.LINKS[-3:], fr3.LINKS[7])]
+        links = [self.agent.robot.links_map[link] for link in fr3.LINKS]
         robot = torch.stack([presses(link) for link in links]).any(dim=0)
         others = {other: presses(actor) for other, actor in self.objects.items() if other != name}
         return {**others, TABLE: presses(self.table), ROBOT: robot}

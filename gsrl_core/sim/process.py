@@ -16,6 +16,9 @@ from gsrl_core.errors import SimulationError, WorkerError
 from gsrl_core.sim.settings import WorldSettings
 
 _CLOSE_SECONDS = 5.0
+ANSWER_SECONDS = 600.0
+"""A worker that is silent for so long hangs. The longest command, a hundred steps of some environments, takes less than
+a minute."""
 _LAST_LINES = 20
 
 
@@ -66,11 +69,14 @@ class WorkerProcess:
             Environments whose physics diverged, with the reason.
 
         Raises:
-            WorkerDiedError: the process ended.
+            WorkerDiedError: the process ended, or it hung for :data:`ANSWER_SECONDS` and was killed.
             SimulationError: the command was refused.
             WorkerError: the worker raised something else; carries its traceback.
         """
         try:
+            if not self.connection.poll(ANSWER_SECONDS):
+                self.process.kill()
+                raise self._death(f"; it was killed because it had not answered for {ANSWER_SECONDS:g} s")
             kind, *content = self.connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._death() from None
@@ -95,14 +101,14 @@ class WorkerProcess:
             self.process.wait()
         self._stderr.close()
 
-    def _death(self) -> WorkerDiedError:
+    def _death(self, why: str = "") -> WorkerDiedError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=_CLOSE_SECONDS)
         self._stderr.seek(0)
         last = self._stderr.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
         code = self.process.returncode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        advice = " (9 is often the kernel out of memory: use fewer workers)" if code == -9 else ""
+        advice = why or (" (9 is often the kernel out of memory: use fewer workers)" if code == -9 else "")
         report = "; its last words:\n" + "\n".join(last) if last else "; it wrote no error"
         return WorkerDiedError(f"physics worker {self.index} (pid {self.process.pid}) {how}{advice}{report}")
 

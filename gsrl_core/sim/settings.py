@@ -49,5 +49,10 @@ class WorldSettings:
 
     @property
     def action_dim(self) -> int:
-        """Width of an action: pose delta or arm joints, then the gripper."""
-        return 7 if "ee" in self.control_mode else 8
+        """See :func:`action_dim`."""
+        return action_dim(self.control_mode)
+
+
+def action_dim(control_mode: str) -> int:
+    """Width of an action: pose delta or arm joints, then the gripper."""
+    return 7 if "ee" in control_mode else 8

@@ -49,8 +49,8 @@ def test_growth_is_a_leak_and_a_plateau_is_not():
     [
         (soak.Record(steps=9), "unfinished"),
         (soak.Record(steps=10), "passed"),
-        (soak.Record(steps=10, lost=2, kills=1), "passed"),
-        (soak.Record(steps=10, lost=2), "failed"),
+        (soak.Record(steps=10, lost=2, kills=1, losable=2), "passed"),
+        (soak.Record(steps=10, lost=3, kills=1, losable=2), "failed"),
         (soak.Record(steps=10, leaks=1), "failed"),
         (soak.Record(steps=1, faults={"black": 1}), "failed"),
     ],

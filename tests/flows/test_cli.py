@@ -130,13 +130,16 @@ def scene_of(capture, out):
 
 # Arguments, from an empty folder and one that does not exist, and what the one line says.
 CASES = {
-    "command": (lambda folder, out: ["nope"], "No such command"),
+    "command": (lambda folder, out: ["nope"], "No such command 'nope'; see --help"),
     "preset": (lambda folder, out: ["run", "--preset", "huge"], "unknown preset 'huge'"),
     "key": (lambda folder, out: ["run", "--set", "ppo.learning_rat=1"], "did you mean ppo.learning_rate"),
     "value": (lambda folder, out: ["run", "--set", "ppo.iterations=-1"], "ppo.iterations"),
     "type": (lambda folder, out: ["run", "--set", "ppo.iterations=many"], "ppo.iterations"),
     "assignment": (lambda folder, out: ["run", "--set", "ppo.iterations"], "expected key=value"),
-    "relation": (lambda folder, out: ["run", "--set", "sim.sim_hz=101"], "multiple of control_hz"),
+    "relation": (
+        lambda folder, out: ["run", "--set", "sim.sim_hz=101"],
+        "sim: sim_hz (101) must be a multiple of control_hz (10)",
+    ),
     "missing option": (lambda folder, out: ["scene"], "--photos"),
     "no photos": (lambda folder, out: scene_of(folder / "nope", out), "there is no capture"),
     "empty folder": (scene_of, "is empty"),
@@ -149,7 +152,7 @@ CASES = {
     "truncated ply": (lambda folder, out: ["view", truncated_ply(folder)], "truncated: 100 Gaussians"),
     "missing key": (
         lambda folder, out: ["run", "--set", f"policy.checkpoint={checkpoint_without_a_key(folder)}"],
-        "missing",
+        "/given/model.safetensors does not fit the architecture. 1 missing: ",
     ),
     "unreachable hub": (
         lambda folder, out: ["run", "--set", "policy.checkpoint=RLinf/nothing-there"],
@@ -173,6 +176,8 @@ def test_bad_input_is_one_clear_line_and_exit_1(cli, tmp_path, case):
     (line,) = [line for line in done.stderr.splitlines() if not progress.fullmatch(line)]
     assert line.startswith("real2sim2real: ")
     assert message in line
+    assert "tmp/checkpoint-" not in line
+    assert len(line) < 400
 
 
 def test_debug_anywhere_adds_the_traceback(cli):

@@ -17,18 +17,46 @@ import pytest
 import torch
 
 from gsrl_core.artifacts import Store, digest_folder
+from gsrl_core.sim.task import EpisodeSpec
+from gsrl_core.sim.tasks import load_task
 
 MAIN = "import sys; sys.argv[0] = 'real2sim2real'; from flows.cli import main; main()"
-# A stage that is to be killed waits with its artefact written and not yet committed, should it come so far.
+# A run that is to be killed stops in the middle of its work, where it says so and waits.
 HELD = """
-import time
-from gsrl_core.artifacts import Store
-commit = Store.commit
-def held(self, kind, *rest):
-    if kind == "{kind}":
+import importlib, time
+from pathlib import Path
+module, name, number, about = {moment!r}
+module = importlib.import_module(module)
+work, calls = getattr(module, name), []
+def held(*args, **kwargs):
+    calls.extend([1] * (about in repr(args)))
+    if len(calls) == number:
+        Path({marker!r}).touch()
         time.sleep(600)
-    return commit(self, kind, *rest)
-Store.commit = held
+    return work(*args, **kwargs)
+setattr(module, name, held)
+"""
+# Module, function, which of its calls, and what its arguments mention.
+MOMENTS = {
+    "capture": ("shutil", "copyfile", 8, "/tmp/capture-"),  # half of the photos
+    "fit": ("gsrl_core.splat.fit", "save_state", 2, ""),  # 60 steps are saved, the next 60 are done
+    "assemble": ("gsrl_core.splat.scene", "write_ply", 3, ""),
+    "finetune": ("gsrl_core.finetune", "save_progress", 2, ""),  # one iteration is saved, the next is done
+    "sweep": ("gsrl_core.evaluate", "_play_whole", 2, ""),  # one batch of episodes of two, with workers waiting
+    "package": ("gsrl_core.deploy.parity", "make_vectors", 1, ""),
+}
+CHILDREN = {"reconstruct": "gsrl_core.capture.sfm_worker", "verify": "gsrl_core.deploy.emulator"}
+"""Stages that work in a process of their own: its module."""
+# Some episodes succeed and some do not, and which ones is known beforehand.
+TASK = """
+from gsrl_core.sim.tasks.put_cube_on_plate import PutCubeOnPlate
+
+class CubeOnTheLeft(PutCubeOnPlate):
+    support = "table"
+
+    def locate(self, poses):
+        left = bool(poses["cube"][1, 3] > 0.2)
+        return left, left
 """
 TOY = {
     "capture.max_image_side": 160,
@@ -40,13 +68,14 @@ TOY = {
     "quality.max_scale_residual_mm": 50,
     "sim.num_envs": 2,
     "sim.workers": 2,
-    "sim.max_episode_steps": 50,
+    "sim.max_episode_steps": 25,
     "ppo.iterations": 2,
     "ppo.rollout_epochs": 1,
     "ppo.global_batch": 10,
     "ppo.micro_batch": 10,
     "ppo.checkpoint_every": 1,
-    "evaluation.episodes": 2,
+    "evaluation.episodes": 3,  # the second batch of two holds one that does not count
+    "evaluation.seed": 9_000_004,
     "evaluation.episodes_per_perturbation": 0,
     "evaluation.videos": 1,
     "release.name": "toy",
@@ -75,7 +104,12 @@ def half_a_capture(folder):
 class Runner:
     def __init__(self, home: Path):
         self.home = home
-        self.toy = {**TOY, "assets.capture": str(half_a_capture(home.parent / "photos"))}
+        (home.parent / "task.py").write_text(TASK)
+        self.toy = {
+            **TOY,
+            "assets.capture": str(half_a_capture(home.parent / "photos")),
+            "sim.task": f"{home.parent / 'task.py'}:CubeOnTheLeft",
+        }
         self.environment = {**os.environ, "GSRL_HOME": str(home)}
         for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
             self.environment.pop(name, None)
@@ -103,12 +137,19 @@ class Runner:
         found = sorted((self.home / "runs").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
         return [json.loads(path.read_text()) for path in found]
 
-    def kill_when(self, condition, kind):
-        """SIGKILL a run as soon as ``condition`` holds of its process; nothing that it started may live on.
+    def kill_at(self, moment):
+        """SIGKILL a run that has come to one of ``MOMENTS``."""
+        marker = self.home.parent / f"held-{moment}"
+        marker.unlink(missing_ok=True)
+        held = HELD.format(moment=MOMENTS[moment], marker=str(marker))
+        self._kill(self.start(held), lambda _: marker.exists())
 
-        ``kind``: of the artefact that must not be finished before.
-        """
-        process = self.start(HELD.format(kind=kind))
+    def kill_while_child(self, module):
+        """SIGKILL a run while a process that it started works for it."""
+        self._kill(self.start(), lambda process: module in commands(process))
+
+    def _kill(self, process, condition):
+        """SIGKILL a run as soon as ``condition`` holds of its process; nothing that it started may live on."""
         try:
             deadline = time.monotonic() + 500
             while not condition(psutil.Process(process.pid)):
@@ -124,8 +165,8 @@ class Runner:
         self.no_half_written_artefact()
 
     def under_way(self, kind):
-        """Something of an artefact has been written."""
-        return any(path.is_file() for path in self.home.glob(f"tmp/{kind}-*/content/**/*"))
+        """Something of an artefact has been written, in its place or beside it."""
+        return any(path.is_file() for path in self.home.glob(f"tmp/{kind}-*/**/*"))
 
     def remembered(self, stage):
         return len(list(self.home.glob(f"stages/{stage}/*")))
@@ -153,17 +194,18 @@ def cached(report):
 def killed(runner):
     """What was there after each kill in fit, finetune and release, and the report of the run that then completed."""
     work, seen = runner.home / "work", SimpleNamespace()
-    runner.kill_when(lambda _: any(work.glob("reconstruct-*/draft/.work/fit.pt")), "reconstruction")
+    runner.kill_at("fit")
     seen.reconstructions = runner.remembered("reconstruct")
     seen.step = torch.load(next(work.glob("reconstruct-*/draft/.work/fit.pt")), weights_only=True)["step"]
     seen.first_steps = reported_fit_steps(runner)
 
-    runner.kill_when(lambda _: any(work.glob("finetune-*/checkpoint.pt")), "checkpoint")
+    runner.kill_at("finetune")
     seen.resumed_steps = reported_fit_steps(runner)
     seen.scenes, seen.tunings = runner.remembered("assemble"), runner.remembered("finetune")
     seen.history = torch.load(next(work.glob("finetune-*/checkpoint.pt")), weights_only=True)["history"]
 
-    runner.kill_when(lambda _: runner.under_way("package"), "package")
+    runner.kill_at("package")
+    seen.begun = runner.under_way("package")
     seen.tuned, seen.packages = runner.remembered("finetune"), runner.remembered("package")
 
     seen.report = runner.run()
@@ -189,12 +231,15 @@ def test_a_wrong_checkpoint_digest_costs_seconds_and_is_reported(runner):
 
 def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner, killed):
     assert killed.reconstructions == 0
-    assert min(killed.first_steps) == 50
-    assert min(killed.resumed_steps) > killed.step
+    assert killed.step == TOY["fit.checkpoint_every"]
+    assert killed.first_steps == [50, 100]
+    assert killed.resumed_steps == [100, 140]
     assert killed.scenes == 1
     assert killed.tunings == 0
+    assert len(killed.history) == 1
     assert killed.tuned == 1
     assert killed.packages == 0
+    assert killed.begun
 
     report = killed.report
     assert report["status"] == "released"
@@ -203,39 +248,34 @@ def test_killed_in_fit_finetune_and_release_the_next_run_completes(runner, kille
     assert all(cached(report)[name] for name in before_release)
     tuned = next(stage for stage in report["stages"] if stage["name"] == "finetune")["artifact"]
     history = json.loads((Path(tuned["path"]) / "training.json").read_text())["history"]
-    assert history[: len(killed.history)] == killed.history  # with the very seconds that the killed run measured
+    assert len(history) == TOY["ppo.iterations"]
+    assert history[:1] == killed.history  # with the very seconds that the killed run measured
     runner.no_half_written_artefact()
     assert not killed.tmp
     assert not killed.work
 
 
-def drives_an_emulator(process):
-    commands = []
+def commands(process):
+    """Words of the command lines of all that a process started."""
+    words = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            commands += child.cmdline()
-    return "gsrl_core.deploy.emulator" in commands
+            words += child.cmdline()
+    return words
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "kind"),
-    [
-        ("capture", "capture"),
-        ("reconstruct", "reconstruction"),  # in structure from motion; the fit has its own test
-        ("assemble", "scene"),
-        ("sweep", "evaluation"),
-        ("verify", "verification"),
-    ],
-)
-def test_killed_in_any_other_stage_the_next_run_completes(runner, report, stage, kind):
+@pytest.mark.parametrize("stage", ["capture", "reconstruct", "assemble", "sweep", "verify"])
+def test_killed_in_any_other_stage_the_next_run_completes(runner, report, stage):
     shutil.rmtree(runner.home / "stages" / stage)  # as if it had not run yet
-    moments = {
-        "reconstruct": lambda _: any((runner.home / "work").glob("reconstruct-*/draft/**/sfm/database.db")),
-        "sweep": lambda _: any((runner.home / "tmp").glob("evaluation-*/content/videos")),
-        "verify": drives_an_emulator,
-    }
-    runner.kill_when(moments.get(stage, lambda _: runner.under_way(kind)), kind)
+    if stage in CHILDREN:
+        runner.kill_while_child(CHILDREN[stage])
+    else:
+        runner.kill_at(stage)
+    half_made = [path for path in (runner.home / "tmp").glob("*/content/**/*") if path.is_file()]
+    if stage in ("capture", "assemble"):
+        whole = next(made for made in report["stages"] if made["name"] == stage)["artifact"]["path"]
+        assert 0 < len(half_made) < len([path for path in Path(whole).rglob("*") if path.is_file()])
     assert runner.remembered(stage) == 0
     again = runner.run()
     assert again["status"] == "released"
@@ -265,11 +305,16 @@ def reported_fit_steps(runner):
     return [point.step for point in client.get_metric_history(newest.info.run_id, "fit/loss")]
 
 
-def test_the_report_is_complete(report):
+def test_the_report_is_complete(runner, report):
+    task, seed = load_task(runner.toy["sim.task"]), TOY["evaluation.seed"]
+    starts = [task.start(EpisodeSpec(seed + i)).objects["cube"][1] for i in range(TOY["evaluation.episodes"])]
+    expected = sum(y > 0.2 for y in starts)
     assert report["psnr"] > TOY["quality.min_psnr"]
     for success in (report["success_before"], report["success_after"]):
         assert success["episodes"] == TOY["evaluation.episodes"]
-        assert 0 <= success["low"] <= success["rate"] <= success["high"] <= 1
+        assert success["successes"] == expected
+        assert success["rate"] == pytest.approx(expected / 3)
+        assert 0 < success["low"] < success["rate"] < success["high"] < 1
     for stage in report["stages"]:
         assert stage["seconds"] >= 0
         assert digest_folder(Path(stage["artifact"]["path"])) == stage["artifact"]["sha256"]

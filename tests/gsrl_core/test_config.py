@@ -55,6 +55,7 @@ def test_override_replaces_one_value_only():
         ({"sim.cameras": [{"name": "a"}, {"name": "a"}]}, "every name only once"),
         ({"sim.instruction": ""}, "sim.instruction: String should have at least 1 character"),
         ({"evaluation.perturbations": ["pose", "pose"]}, "every one only once"),
+        ({"cluster.data_parallel": "fsdp2"}, "set cluster.runtime to ray"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],
 )
@@ -62,6 +63,12 @@ def test_bad_override_is_refused_with_the_reason(overrides, said):
     with pytest.raises(ConfigError) as refusal:
         config.load("laptop", overrides)
     assert said in str(refusal.value)
+
+
+def test_a_broken_relation_is_one_short_line_that_names_key_and_values():
+    with pytest.raises(ConfigError) as refusal:
+        config.load("laptop", {"sim.sim_hz": 101})
+    assert str(refusal.value) == "the overrides: sim: sim_hz (101) must be a multiple of control_hz (10)"
 
 
 def test_unknown_preset_names_the_nearest():

@@ -154,3 +154,24 @@ def test_two_ray_actors_make_the_updates_of_one_process_on_the_union(tmp_path, r
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     for name, weight in two_weights.items():
         assert torch.allclose(weight, one_weights[name], atol=1e-5)
+
+
+def test_sharded_learners_beside_collectors_make_the_same_updates_and_resume_whole_ones(tmp_path, ray_finds_toy):
+    ray = {"cluster__runtime": "ray", "cluster__component_placement": {"env,rollout,actor": "0:0-1"}}
+    _, whole, weights = run(tmp_path / "whole", ppo__iterations=3, **ray)
+    # Two iterations with whole weights, the third with sharded ones.
+    run(tmp_path / "sharded", ppo__iterations=2, **ray)
+    _, resumed, sharded_weights = run(tmp_path / "sharded", ppo__iterations=3, cluster__data_parallel="fsdp2", **ray)
+    for ours, theirs in zip(timeless(resumed), timeless(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for name, weight in weights.items():
+        assert torch.allclose(weight, sharded_weights[name], atol=1e-5)
+    state = torch.load(tmp_path / "sharded" / "work" / "checkpoint.pt", weights_only=False)["state"]
+    assert all(type(tensor) is torch.Tensor for group in state["parameters"].values() for tensor in group)
+    with pytest.raises(PlacementError, match="among actor processes; one is placed"):
+        run(
+            tmp_path / "one",
+            cluster__runtime="ray",
+            cluster__data_parallel="fsdp2",
+            cluster__component_placement={"env,rollout": "0:0-1", "actor": "0"},
+        )

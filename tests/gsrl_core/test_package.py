@@ -1,6 +1,5 @@
 import hashlib
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -34,21 +33,6 @@ from gsrl_core.package_run import deploy_package, load_served_policy, serving
 TOKENIZER = Path(gsrl_core.__file__).parent / "bundled" / "pi05_tiny" / "tokenizer.model"
 
 
-PATIENT = {"watchdog": 30.0, "max_chunk_age": 5.0, "min_success_rate": 0.0}
-BEHIND = r"s old|no state|no setpoint|no check|tracking error|did not follow|away from the start pose"
-
-
-def despite_a_busy_machine(act):
-    """Again when the product says, and rightly, that the emulator fell behind: it shares two busy cores with all."""
-    for _ in range(2):
-        try:
-            return act()
-        except (PackageError, SafetyError) as error:
-            if not re.search(BEHIND, str(error)):
-                raise
-    return act()
-
-
 def with_limits(bundle, folder, **changes):
     """A copy with other limits, as if it had been packaged like this."""
     shutil.copytree(bundle, folder)
@@ -64,7 +48,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(inputs, tmp_path_factory):
-    return make_bundle(inputs, tmp_path_factory.mktemp("out") / "bundle")
+    return make_bundle(inputs, tmp_path_factory.mktemp("out") / "bundle", **{"sim.max_episode_steps": 50})
 
 
 @pytest.fixture
@@ -244,9 +228,10 @@ class NoisyCamera:
         return Picture(self._rng.integers(256, size=shape, dtype=np.uint8), time.monotonic())
 
 
+@pytest.mark.usefixtures("emulated_time")
 def test_deploy_drives_to_the_start_pose_runs_and_writes_its_log(bundle, tmp_path):
-    relaxed = {**PATIENT, "max_state_age": 1.0, "max_tracking_error": 0.15, "stream_timeout": 2.0}
-    bundle = with_limits(bundle, tmp_path / "bundle", **relaxed)
+    # The arm has to keep to the package's own limits. The policy computes in real time, on a machine that may be busy.
+    bundle = with_limits(bundle, tmp_path / "bundle", watchdog=30.0, max_chunk_age=5.0)
     contract = Contract.load(bundle / "contract.json")
     elsewhere = np.array(contract.start_q) + np.array([0.1, 0, 0, 0, 0, 0, 0.1])
     with serving(bundle) as server, running_emulator(elsewhere) as host:
@@ -263,13 +248,11 @@ def test_deploy_drives_to_the_start_pose_runs_and_writes_its_log(bundle, tmp_pat
         other = with_limits(bundle, tmp_path / "other", max_speed=0.3)
         with pytest.raises(PackageError, match="serves another package"):
             deploy_package(other, host, **options)
-        summary = despite_a_busy_machine(
-            lambda: deploy_package(bundle, host, **options, log_path=tmp_path / "log.json")
-        )
+        summary = deploy_package(bundle, host, **options, log_path=tmp_path / "log.json")
     assert summary["outcome"] == "completed"
     log = json.loads((tmp_path / "log.json").read_text())
     assert log["summary"]["steps"] == len(log["steps"]) == 5
-    np.testing.assert_allclose(log["steps"][0]["q"], contract.start_q, atol=0.1)
+    np.testing.assert_allclose(log["steps"][0]["q"], contract.start_q, atol=0.05)  # it was 0.1 away
 
 
 def test_weights_that_answer_differently_fail_parity(copy):

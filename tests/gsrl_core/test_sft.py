@@ -216,7 +216,7 @@ def test_large_model_needs_a_checkpoint(demos, tmp_path):
     config = SftConfig(steps=2)
     with pytest.raises(CheckpointError, match="give a checkpoint to start from"):
         train_sft(demos, tmp_path / "out", None, "pi05", config, device="cpu", reporter=NullReporter())
-    with pytest.raises(CheckpointError, match="unknown model 'pi06'; allowed: pi05, pi05_tiny"):
+    with pytest.raises(CheckpointError, match="unknown model 'pi06'; allowed: pi05, pi05_tiny, pi05_small"):
         train_sft(demos, tmp_path / "out", None, "pi06", config, device="cpu", reporter=NullReporter())
 
 
@@ -225,6 +225,16 @@ def test_diverged_training_stops(demos, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="loss is not finite at step 2"):
         run(demos, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_small_starts_from_random_weights_with_the_tiny_tokenizer(demos, tmp_path, monkeypatch):
+    sized = dataclasses.replace(TINY, width=24)
+    monkeypatch.setattr(sizes, "PRESETS", {**sizes.PRESETS, "pi05_small": sized})
+    config = SftConfig(steps=1, **SETTINGS)
+    train_sft(demos, tmp_path / "out", None, "pi05_small", config, device="cpu", reporter=NullReporter())
+    policy = load_policy(tmp_path / "out", denoise_steps=2, action_chunk=2)
+    assert policy.network.config == sized
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sft_module.TINY_TOKENIZER.read_bytes()
 
 
 def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):

@@ -28,9 +28,19 @@ def test_weights_that_do_not_fit_their_config_are_refused_at_once(tracking, home
     config = json.loads((folder / "config.json").read_text())
     config["architecture"]["depth"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"does not fit the architecture\. \d+ missing"):
+    with pytest.raises(CheckpointError, match=r"does not fit the architecture\. \d+ missing") as refusal:
         fetch(folder, tracking[1])
+    assert str(refusal.value).startswith(f"{folder / 'model.safetensors'} does not fit")
     assert not (home / "objects").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "assets/fr3/norm_stats.json", "config.json"])
+def test_a_broken_file_is_named_where_the_user_has_it(tracking, home, folder, name):
+    (folder / name).write_text("broken")
+    with pytest.raises(CheckpointError) as refusal:
+        fetch(folder, tracking[1])
+    assert str(folder / name) in str(refusal.value)
+    assert str(home) not in str(refusal.value)
 
 
 def test_a_checkpoint_from_the_store_is_checked_again_for_another_chunk(tracking, folder):

@@ -14,10 +14,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gsrl_core.errors import SimulationError
 from gsrl_core.sim.task import Task
+
+if TYPE_CHECKING:  # what reads a configuration has it; the workers, which use this module too, are spared it
+    from gsrl_core.sections import SimConfig
 
 DEFAULT = "PutCubeOnPlate-v0"
 _BUILT_IN = {
@@ -51,6 +54,16 @@ def load_task(reference: str = DEFAULT, options: Mapping[str, Any] | None = None
         return made(**given)
     except TypeError as error:  # a required option is missing, or a method
         raise SimulationError(f"task {reference!r} cannot be made: {error}") from error
+
+
+def configured_task(sim: SimConfig) -> Task:
+    """The task that a configuration names, with its options. Raises as :func:`load_task`."""
+    return load_task(sim.task, sim.task_options)
+
+
+def told_instruction(sim: SimConfig, task: Task) -> str:
+    """What the policy is told: the configuration's own words, else those of its ``task``."""
+    return sim.instruction or task.instruction
 
 
 def code_location(reference: str) -> str | Path:

@@ -271,7 +271,7 @@ def test_bfloat16_keeps_masters_and_norms_wide(folder):
 
 
 def test_configuration_round_trip_and_foreign_files():
-    for config in (SMALL, preset("pi05"), preset("pi05_tiny")):
+    for config in (SMALL, preset("pi05"), preset("pi05_tiny"), preset("pi05_small")):
         assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
     openpi = {
         "action_dim": 32,

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from gsrl_core.interfaces import ActionSample, Evaluation, Observation, Step
+from gsrl_core.sharding import shard, shard_root
 
 
 class ReachEnv:
@@ -98,10 +100,21 @@ class GaussianPolicy(nn.Module):
             now = self.evaluate(chain)
         return ActionSample(actions[..., None], now.log_prob, now.value, chain)
 
+    @property
+    def sharded(self):
+        return self if isinstance(self, FSDPModule) else None
+
+    def shard(self, mesh):
+        shard(self.actor, mesh)
+        shard_root(self, mesh)
+
     def evaluate(self, chain):
+        return Evaluation(*self(chain))
+
+    def forward(self, chain):
         normal = torch.distributions.Normal(self.actor(chain["state"]), self.log_std.exp())
         log_prob, entropy = normal.log_prob(chain["actions"]).sum(1), normal.entropy().sum(1)
-        return Evaluation(log_prob, entropy, self.critic(chain["state"]).squeeze(1))
+        return log_prob, entropy, self.critic(chain["state"]).squeeze(1)
 
     def value(self, observation):
         with torch.no_grad():

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sim_helpers import BODIES, PUT, PoseRasterizer, empty_scene, sim_config
 
-from gsrl_core.sim import task
+from gsrl_core.sim import bodies, task
 from gsrl_core.sim.expert import Expert
 from gsrl_core.sim.gs_env import make_env
 from gsrl_core.sim.pool import Pool
@@ -54,13 +54,16 @@ def trajectories(settings, actions):
     return np.array(positions)
 
 
-def test_the_seeds_solver_settings_give_the_same_trajectories(urdf, monkeypatch):
+def test_the_seeds_contacts_and_solver_settings_give_the_same_trajectories(urdf, monkeypatch):
     settings = WorldSettings(urdf, sim_hz=500)
     pool = Pool(settings, 4, 1, 2)
     actions = expert_actions(pool, PUT, [task.EpisodeSpec(seed) for seed in range(4)], 1)[:, :32]
     pool.close()
     ours = trajectories(settings, actions)
     assert (ours[..., 1, 2].max(axis=1) > 0.08).all()  # every cube was carried
+    for group in ("_TABLE", "_PIECE", "_FINGER"):  # everything meets everything, and the plate has no hull
+        monkeypatch.setattr(bodies, group, [1, 1, 0, 0])
+    monkeypatch.setattr(bodies, "_concave", lambda pieces, material: [bodies._convex(p, material) for p in pieces])
     monkeypatch.setattr(task, "SOLVER_VELOCITY_ITERATIONS", 2)
     monkeypatch.setattr(task, "OBJECT_CONTACT_OFFSET", 0.01)
     seeds = trajectories(WorldSettings(urdf, sim_hz=500, solver_iterations=25), actions)

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from gsrl_core.sim import states as layout
 from gsrl_core.sim import task
 from gsrl_core.sim.episodes import Episodes
 from gsrl_core.sim.pool import MAX_RESTARTS, Pool
+from gsrl_core.sim.settings import WorldSettings
 from gsrl_core.sim.world import World
 
 SEEDS = (11, 12, 13)
@@ -76,20 +78,20 @@ def everything(pool):
     return {name: getattr(pool.states, name).copy() for name in names}
 
 
-def three_chunks(settings, disturb=lambda pool, number: None):
+def three_chunks(settings, disturb=lambda pool, number: None, length=3):
     """Three chunks of three environments in two workers (0 and 2, 1), then a reset and one more; copies of the states.
 
-    ``disturb`` is called before each chunk with its number.
+    ``disturb`` is called before each chunk with its number; ``length``: actions of a chunk.
     """
-    pool, history = Pool(settings, 3, 10, 2), []
+    pool, history = Pool(settings, 3, length, 2), []
+    actions = np.stack([chunk(3 * length, seed) for seed in SEEDS])
     try:
         active = np.ones(3, dtype=bool)
-        for number, start in enumerate((0, 3, 6, 0)):
+        for number, start in enumerate((0, length, 2 * length, 0)):
             if start == 0:
                 pool.reset(specs(SEEDS))
-            actions = np.stack([chunk(10, seed) for seed in SEEDS])[:, start : start + 3]
             disturb(pool, number)
-            pool.step(actions, active & (pool.states.lost == 0))
+            pool.step(actions[:, start : start + length], active & (pool.states.lost == 0))
             history.append(everything(pool))
         return history, [worker.process.pid for worker in pool._workers]
     finally:
@@ -163,6 +165,66 @@ def test_a_killed_worker_costs_the_current_episodes_of_its_environments_only(qui
         assert f"environment {env}: EpisodeSpec(seed={SEEDS[env]}, pose_range_scale=1.0, friction_" in caplog.text
     assert f"environment 1: EpisodeSpec(seed={SEEDS[1]}" not in caplog.text
     assert not any(alive(pid) for pid in pids)
+
+
+MORTAL = """
+import faulthandler, signal, sys
+from pathlib import Path
+if "gsrl_core.sim.worker" in sys.orig_argv:
+    from gsrl_core.sim.episodes import Episodes
+    run = Episodes._run_chunk
+    def mortal(self, env, *rest):
+        marker = Path(__file__).with_name(f"die-{env}")
+        if marker.exists():
+            marker.unlink()
+            faulthandler.register(signal.SIGVTALRM, chain=True)  # tells where it is, then dies of the signal
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.04)
+        run(self, env, *rest)
+    Episodes._run_chunk = mortal
+"""
+
+
+def test_a_worker_killed_inside_physx_costs_the_current_episodes_of_its_environments_only(
+    urdf, caplog, monkeypatch, tmp_path
+):
+    # 500 Hz as in production, and 500 steps of PhysX for each action: a chunk takes an environment 0.2 s. The kernel
+    # kills after a part of it, in processor time of the worker, so that other work on the machine does not matter.
+    settings = WorldSettings(urdf, sim_hz=500, control_hz=1)
+    (tmp_path / "sitecustomize.py").write_text(MORTAL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def disturb(pool, number):
+        if number == 1:
+            (tmp_path / "die-2").touch()
+
+    calm, _ = three_chunks(settings, length=10)
+    with caplog.at_level(logging.WARNING):
+        hit, _ = three_chunks(settings, disturb, length=10)
+    assert not (tmp_path / "die-2").exists()
+    assert f"killed by signal {signal.SIGVTALRM.value}" in caplog.text
+    assert "was stepping environment 2" in caplog.text
+    innermost = re.search(r'Current thread .*\n  File "(.*)", line \d+ in (\w+)\n', caplog.text)
+    assert (Path(innermost[1]).name, innermost[2]) == ("world.py", "step")
+    assert [state["lost"].tolist() for state in hit] == [[0, 0, 0], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
+    assert [state["executed"].tolist() for state in hit] == [[10, 10, 10], [0, 10, 0], [0, 10, 0], [10, 10, 10]]
+    for name in calm[0]:
+        assert all((after[name][1] == before[name][1]).all() for after, before in zip(hit, calm, strict=True)), name
+        assert (hit[3][name] == calm[3][name]).all(), name
+        if name not in ("lost", "executed"):  # the chunk of environment 0 was complete, that of 2 was not
+            assert (hit[1][name][[0, 2]] == calm[0][name][[0, 2]]).all(), name
+
+
+def test_a_worker_that_hangs_is_killed_and_costs_its_episodes_only(quick, monkeypatch, caplog):
+    monkeypatch.setattr("gsrl_core.sim.process.ANSWER_SECONDS", 2.0)
+    pool = Pool(quick, 2, 5, 2)
+    pool.reset(specs((1, 2)))
+    os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+    pool.step(np.stack([chunk(5, 1), chunk(5, 2)]), np.ones(2, dtype=bool))
+    assert pool.states.lost.tolist() == [1, 0] and pool.states.executed.tolist() == [0, 5]
+    assert "had not answered for 2 s" in caplog.text
+    pool.reset(specs((1, 2)))
+    assert not pool.states.lost.any()
+    pool.close()
 
 
 def test_a_crash_in_native_code_leaves_last_words(quick, caplog, killer):

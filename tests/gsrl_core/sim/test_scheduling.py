@@ -35,5 +35,7 @@ def test_the_kernel_has_the_policy_the_priority_and_the_slice():
 
 def test_an_unknown_processor_only_lowers_the_priority(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    monkeypatch.setattr(os, "nice", lambda step: step)
+    steps = []
+    monkeypatch.setattr(os, "nice", lambda step: steps.append(step) or step)
     assert scheduling.give_way() is False
+    assert steps == [5]
