@@ -11,10 +11,11 @@ from torch import Tensor
 from gsrl_core.errors import SceneError
 from gsrl_core.geometry.fr3 import LINKS, START_QPOS, fr3
 from gsrl_core.geometry.rotation import make_rigid, quat_to_matrix, rigid_inverse
-from gsrl_core.sim.objects import MeshFile, Painted, SplatFile
+from gsrl_core.sim.looks import object_mesh, robot_meshes
+from gsrl_core.sim.objects import SplatFile, TaskObject
 from gsrl_core.sim.task import EpisodeSpec, Task
 from gsrl_core.sim.tasks import load_task
-from gsrl_core.splat.from_mesh import ColoredMesh, Light, gaussians_from_mesh, load_mesh
+from gsrl_core.splat.from_mesh import ColoredMesh, Light, gaussians_from_mesh
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.ply import read_ply
 from gsrl_core.splat.scene import Scene, save_scene
@@ -76,14 +77,8 @@ def robot_bodies(count: int = 7000, seed: int = 0) -> Bodies:
     """
     if count < 20 * len(LINKS):
         raise SceneError(f"assemble: {count} Gaussians for the robot; at least {20 * len(LINKS)} are needed")
-    robot = fr3()
-    poses = robot.forward(START_QPOS)
-    meshes = {
-        link: ColoredMesh.concatenate(
-            [load_mesh(v.mesh).moved(v.link_from_mesh.numpy(), v.scale) for v in robot.visuals[link]]
-        )
-        for link in LINKS
-    }
+    poses = fr3().forward(START_QPOS)
+    meshes = robot_meshes()
     weights = np.array([_area(meshes[link]) * _DETAIL.get(link, 1.0) for link in LINKS])
     shares = np.maximum(20, np.floor(count * weights / weights.sum())).astype(int)
     return {
@@ -104,18 +99,15 @@ def object_bodies(task: Task, seed: int = 0) -> Bodies:
         SceneError: a mesh or splat file cannot be read.
     """
     places = task.start(EpisodeSpec(0, pose_range_scale=0.0)).objects
-    return {thing.name: (_looks(thing.look, seed), _transform(places[thing.name])) for thing in task.bodies}
+    return {thing.name: (_splats(thing, seed), _transform(places[thing.name])) for thing in task.bodies}
 
 
-def _looks(look: Painted | MeshFile | SplatFile, seed: int) -> Gaussians:
+def _splats(thing: TaskObject, seed: int) -> Gaussians:
+    look = thing.look
     if isinstance(look, SplatFile):
         scale = look.mesh_to_body[0, 0]
         return read_ply(look.path).transformed(torch.eye(3), torch.tensor(look.mesh_to_body[:3, 3]), float(scale))
-    if isinstance(look, MeshFile):
-        mesh = load_mesh(look.path).moved(look.mesh_to_body)
-    else:
-        mesh = ColoredMesh.uniform(*look.mesh, look.color)
-    return gaussians_from_mesh(mesh, look.gaussians, seed=seed, light=Light())
+    return gaussians_from_mesh(object_mesh(thing), look.gaussians, seed=seed, light=Light())
 
 
 def gsenv_bodies(folder: Path, objects: Bodies) -> Bodies:

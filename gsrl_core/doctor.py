@@ -68,7 +68,11 @@ _REQUIRED = (
 )
 _LIBRARIES = (
     *(_library(*required) for required in _REQUIRED),
-    _library("libvulkan.so.1", "libvulkan1", "SAPIEN's own renderer (the pipeline draws splats and does not need it)"),
+    _library(
+        "libvulkan.so.1",
+        "libvulkan1 mesa-vulkan-drivers",
+        "SAPIEN's own pictures: render_interface env and env+gs (the pipeline draws splats and does not need them)",
+    ),
     _library("libusb-1.0.so.0", "libusb-1.0-0", "open3d: nerfstudio's process-data and exporter, RealSense cameras"),
 )
 

@@ -132,6 +132,11 @@ def sapien_to_world_to_camera(world_from_sapien: Tensor) -> Tensor:
     return rigid_inverse(_turn_axes(world_from_sapien, _SAPIEN_FROM_OPENCV))
 
 
+def to_sapien_pose(world_to_camera: Tensor) -> Tensor:
+    """SAPIEN camera poses [..., 4, 4] (x forward, y left, z up) from world_to_camera [..., 4, 4] (OpenCV axes)."""
+    return _turn_axes(rigid_inverse(world_to_camera), tuple(zip(*_SAPIEN_FROM_OPENCV, strict=True)))
+
+
 def to_opengl_c2w(world_to_camera: Tensor) -> Tensor:
     """Camera-to-world [..., 4, 4] with OpenGL axes (y up, z backward), as nerfstudio and Blender store it."""
     # The axis flip is its own inverse, so OpenGL-from-OpenCV serves in both directions.

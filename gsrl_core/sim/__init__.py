@@ -2,5 +2,5 @@
 
 import warnings
 
-# SAPIEN looks for Vulkan when it is imported; nothing here draws with it.
+# SAPIEN looks for Vulkan when it is imported; only raster_sapien.py draws with it.
 warnings.filterwarnings("ignore", message="Failed to find system libvulkan")

@@ -199,6 +199,17 @@ class GsVecEnv:
             raise SimulationError("frames before reset; start episodes first")
         return self._render(torch.arange(self.num_envs), extras=True)
 
+    def pictures_by(self, rasterizer: Rasterizer) -> dict[str, Tensor]:
+        """The current pictures as another rasterizer draws them, with lens and realism; see :class:`Observation`.
+
+        Raises:
+            SimulationError: no episode yet.
+        """
+        if not self._episodes:
+            raise SimulationError("pictures before reset; start episodes first")
+        drawn = self._render(torch.arange(self.num_envs), extras=False, rasterizer=rasterizer)
+        return {name: frames.rgb for name, frames in drawn.items()}
+
     def instructions(self) -> list[str]:
         """The current episodes' sentences. Before the first reset: the task's own."""
         if not self._episodes:
@@ -215,7 +226,7 @@ class GsVecEnv:
         for name, frames in self._render(envs, extras=False).items():
             self._pictures[name][envs.to(self.device)] = frames.rgb
 
-    def _render(self, envs: Tensor, *, extras: bool) -> dict[str, Frames]:
+    def _render(self, envs: Tensor, *, extras: bool, rasterizer: Rasterizer | None = None) -> dict[str, Frames]:
         """Finished pictures of the environments ``envs`` (int64 [b], on the CPU) as they are now."""
         states, realism = self._physics.states, self._realism
         body_to_world = torch.from_numpy(states.body_to_world[envs.numpy()])
@@ -228,7 +239,7 @@ class GsVecEnv:
         }
         poses = body_to_world[:, self._bodies]
         with_extras = extras or realism.needs_extras
-        drawn = self._rasterizer.render(self._scene, poses.to(self.device), cameras, extras=with_extras)
+        drawn = (rasterizer or self._rasterizer).render(self._scene, poses.to(self.device), cameras, extras=with_extras)
         finished = {}
         for name, frames in drawn.items():
             seen = self._rig.finished(name, _on(frames, self.device))

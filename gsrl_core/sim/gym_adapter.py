@@ -24,8 +24,9 @@ from gsrl_core.interfaces import Observation, Rasterizer
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
-from gsrl_core.sim.task import CONTROL_HZ
-from gsrl_core.sim.tasks import DEFAULT
+from gsrl_core.sim.task import CONTROL_HZ, body_names
+from gsrl_core.sim.tasks import DEFAULT, load_task
+from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, load_scene
 
 SCENE_VARIABLE = "GSRL_SCENE"
@@ -87,14 +88,21 @@ class GSEnvAdapter(gymnasium.Env):
             render_mode: ``rgb_array`` or none.
             sim_backend: ``auto``, ``cpu`` or ``physx_cpu``, ``gpu`` or ``physx_cuda``.
             sim_config: ManiSkill's ``sim_freq`` and ``control_freq`` (Hz).
-            gs_kwargs: ``render_interface`` (``gs_rlinf`` or ``gs``), ``device``, ``scene`` (folder or Scene; none:
-                ``$GSRL_SCENE``), ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics, cameras, task
-                options and time limit are used). ``cache_table`` and ``render_bs`` change nothing: the background is
-                always cached and rendering is always batched. ``back_ground_file`` must be none: the scene brings its
-                background. A ``max_episode_steps`` that gym.make is given can only be below that of ``sim``.
+            gs_kwargs: ``render_interface`` (below), ``device``, ``scene`` (folder or Scene; none: ``$GSRL_SCENE``),
+                ``rasterizer`` (name or Rasterizer), ``sim`` (a SimConfig whose physics, cameras, task options and time
+                limit are used). ``cache_table`` and ``render_bs`` change nothing: the background is always cached and
+                rendering is always batched. ``back_ground_file`` must be none: the scene brings its background. A
+                ``max_episode_steps`` that gym.make is given can only be below that of ``sim``.
+
+        ``render_interface`` chooses the pictures, and the keys under which a camera's ``sensor_data`` has them are the
+        seed's: ``gs_rlinf`` splats under ``rgb``; ``gs`` splats under ``gs``; ``env`` SAPIEN's own pictures (Vulkan)
+        under ``env``; ``env+gs`` both. Of the keys ``gs`` and ``env`` the one that was not asked for holds none.
+        ``env`` needs neither ``scene`` nor ``rasterizer`` and ignores them; in SAPIEN's pictures a plain table takes
+        the place of the captured bench.
 
         Raises:
-            SimulationError: a value that the adapter does not support; the message lists those that it does.
+            SimulationError: a value that the adapter does not support (the message lists those that it does), or
+                ``env`` or ``env+gs`` without a Vulkan device.
         """
         options = dict(gs_kwargs or {})
         unknown = sorted(set(options) - set(_GS_KEYS))
@@ -105,8 +113,8 @@ class GSEnvAdapter(gymnasium.Env):
         _check("robot_uids", robot_uids, (fr3.ROBOT_UID,))
         _check("render_mode", render_mode, ("rgb_array", None))
         _check("sim_backend", sim_backend, tuple(_BACKENDS))
-        # env and env+gs ask for SAPIEN's own renderer, which would need visual shapes and Vulkan.
-        _check("gs_kwargs.render_interface", options.get("render_interface", "gs_rlinf"), ("gs_rlinf", "gs"))
+        interface = options.get("render_interface", "gs_rlinf")
+        _check("gs_kwargs.render_interface", interface, ("env", "gs", "env+gs", "gs_rlinf"))
         _check("gs_kwargs.cache_table", options.get("cache_table", True), (True, False))
         _check("gs_kwargs.back_ground_file", options.get("back_ground_file"), (None,))
         sim: SimConfig = options.get("sim") or SimConfig()
@@ -117,9 +125,10 @@ class GSEnvAdapter(gymnasium.Env):
             sim = SimConfig.model_validate(sim.model_dump() | changes)
         except ValidationError as error:
             raise SimulationError(f"GSEnv: {error.errors()[0]['msg']}") from error
-        scene, rasterizer = _scene_and_rasterizer(options, sim)
+        scene, rasterizer, self._second = _pictures(interface, options, sim)
         self._env: GsVecEnv = make_env(sim, scene, rasterizer, num_envs=num_envs)
-        self._image_key = "rgb" if options.get("render_interface", "gs_rlinf") == "gs_rlinf" else "gs"
+        self._interface = interface
+        self._sensors: dict[str, dict[str, Tensor | None]] = {}
         self._rewards = reward_mode != "none"
         self._seeds = np.random.Generator(np.random.PCG64())
         self.num_envs = num_envs
@@ -179,9 +188,17 @@ class GSEnvAdapter(gymnasium.Env):
         """One sentence per environment."""
         return self._env.instructions()
 
-    def render(self) -> Tensor:
-        """The first camera, uint8 [num_envs, h, w, 3]."""
-        return self._env.render_video_frame()
+    def render(self) -> Tensor | dict[str, Tensor | None]:
+        """The first camera, uint8 [num_envs, h, w, 3]; with another interface than ``gs_rlinf`` its ``sensor_data``.
+
+        Raises:
+            SimulationError: no episode yet, with another interface than ``gs_rlinf``.
+        """
+        if self._interface == "gs_rlinf":
+            return self._env.render_video_frame()
+        if not self._sensors:
+            raise SimulationError("render before reset; start episodes first")
+        return dict(next(iter(self._sensors.values())))
 
     def close(self) -> None:
         """Stop the physics processes."""
@@ -200,16 +217,54 @@ class GSEnvAdapter(gymnasium.Env):
         return [int(value) for value in seed]
 
     def _observation(self, observation: Observation) -> dict[str, Any]:
-        # As in the seed the pictures are on the CPU.
+        self._sensors = self._sensor_data(observation.rgb)
         return {
             "agent": {"qpos": observation.state, "qvel": self._env.privileged()["qvel"].to(self.device)},
             "extra": {},
             "sensor_param": {},
-            "sensor_data": {name: {self._image_key: image.cpu()} for name, image in observation.rgb.items()},
+            "sensor_data": self._sensors,
         }
+
+    def _sensor_data(self, first: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor | None]]:
+        """Camera name -> the interface's keys with pictures on the CPU, as in the seed."""
+        pictures = {name: image.cpu() for name, image in first.items()}
+        if self._interface == "gs_rlinf":
+            return {name: {"rgb": image} for name, image in pictures.items()}
+        kinds: dict[str, Mapping[str, Tensor]] = {"gs": {}, "env": {}}
+        kinds["env" if self._interface == "env" else "gs"] = pictures
+        if self._second is not None:
+            kinds["env"] = {name: image.cpu() for name, image in self._env.pictures_by(self._second).items()}
+        return {name: {kind: images.get(name) for kind, images in kinds.items()} for name in pictures}
 
     def _info(self, success: Tensor) -> dict[str, Any]:
         return {"elapsed_steps": self.elapsed_steps, "success": success.to(self.device), **self._env.success_parts()}
+
+
+def _pictures(
+    interface: str, options: Mapping[str, Any], sim: SimConfig
+) -> tuple[Scene, Rasterizer, Rasterizer | None]:
+    """What is drawn, what draws it, and what draws the same bodies a second time for ``env+gs``."""
+    if interface == "env":
+        names = body_names(load_task(sim.task, sim.task_options))
+        nothing = Scene.from_parts(Gaussians.empty(), {name: (Gaussians.empty(), torch.eye(4)) for name in names})
+        return nothing.to(_device(options)), _sapien(sim, names), None
+    scene, rasterizer = _scene_and_rasterizer(options, sim)
+    return scene, rasterizer, _sapien(sim, scene.names) if interface == "env+gs" else None
+
+
+def _sapien(sim: SimConfig, names: Sequence[str]) -> Rasterizer:
+    from gsrl_core.sim.looks import body_meshes
+    from gsrl_core.sim.raster_sapien import SapienRasterizer  # trimesh, Vulkan
+
+    meshes = body_meshes(load_task(sim.task, sim.task_options))
+    return SapienRasterizer({name: mesh for name, mesh in meshes.items() if name in names})
+
+
+def _device(options: Mapping[str, Any]) -> torch.device:
+    device = torch.device(options.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SimulationError(f"gs_kwargs.device is {str(device)!r}, but there is no CUDA device; use 'cpu'")
+    return device
 
 
 def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[Scene, Rasterizer]:
@@ -220,9 +275,7 @@ def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[S
             f"Scene, or set {SCENE_VARIABLE}"
         )
     scene = scene if isinstance(scene, Scene) else load_scene(Path(scene))
-    device = torch.device(options.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SimulationError(f"gs_kwargs.device is {str(device)!r}, but there is no CUDA device; use 'cpu'")
+    device = _device(options)
     rasterizer = options.get("rasterizer", sim.rasterizer)
     if isinstance(rasterizer, str):
         from gsrl_core.splat.raster import make_rasterizer  # numba or gsplat

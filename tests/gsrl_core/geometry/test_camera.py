@@ -82,6 +82,7 @@ def test_a_batch_of_sapien_poses_agrees_with_the_single_one():
     pose = make_rigid(torch.tensor(SEED.rotation), torch.tensor(SEED.position))
     batch = cams.sapien_to_world_to_camera(pose.expand(3, 4, 4))
     torch.testing.assert_close(batch, seed_camera().world_to_camera.expand(3, 4, 4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cams.to_sapien_pose(batch), pose.expand(3, 4, 4), atol=1e-5, rtol=1e-5)
 
 
 def test_opengl_poses_look_down_their_negative_z_axis(camera):

@@ -1,6 +1,8 @@
 """What the simulation's tests share: a scene without looks and a rasterizer that shows poses as colours."""
 
+import pytest
 import torch
+from sapien import render
 
 from gsrl_core.geometry import props
 from gsrl_core.interfaces import Frames
@@ -69,3 +71,11 @@ def bench_scene():
     plane = torch.cartesian_prod(x, y)
     table = blobs(torch.cat([plane, torch.full((len(plane), 1), -0.002)], dim=1), [0.008, 0.008, 0.001], [0.6] * 3)
     return Scene.from_parts(table, {"cube": (cube_blobs(), torch.eye(4))})
+
+
+def skip_without_vulkan():
+    """SAPIEN's pictures need a device: a GPU's, or Mesa's on the processor."""
+    try:
+        render.RenderSystem()
+    except RuntimeError as error:
+        pytest.skip(f"no Vulkan device for SAPIEN's own renderer: {error}")

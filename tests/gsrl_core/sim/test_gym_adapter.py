@@ -2,7 +2,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sim_helpers import PUT, PoseRasterizer, empty_scene, sim_config
+from sapien import render
+from sim_helpers import BODIES, PUT, PoseRasterizer, empty_scene, sim_config, skip_without_vulkan
 
 import gsrl_core.sim.gym_ids  # noqa: F401 (registers)
 from gsrl_core.errors import SimulationError
@@ -103,6 +104,68 @@ def test_reward_mode_none_and_a_single_unbatched_action():
     env.close()
 
 
+KEYS = {"gs_rlinf": {"rgb"}, "gs": {"gs"}, "env": {"env"}, "env+gs": {"env", "gs"}}
+"""render_interface -> keys of the seed's sensor_data that have a picture."""
+
+
+@pytest.mark.parametrize("interface", KEYS)
+def test_the_seeds_four_interfaces(interface):
+    if "env" in interface:
+        skip_without_vulkan()
+    small = sim_config().cameras[0].model_copy(update={"width": 64, "height": 48})
+    wrist = small.model_copy(update={"name": "wrist", "link": "fr3_hand"})
+    env = make(gs={"render_interface": interface, "sim": sim_config(cameras=(small, wrist))})
+    observation, _ = env.reset(seed=0)
+    after = env.step(np.zeros((2, 7), np.float32))[0]["sensor_data"]
+    for data in (observation["sensor_data"], after):
+        assert set(data) == {"3rd_view_camera", "wrist"}
+        for pictures in data.values():
+            assert set(pictures) == ({"rgb"} if interface == "gs_rlinf" else {"gs", "env"})
+            shown = {key: picture for key, picture in pictures.items() if picture is not None}
+            assert set(shown) == KEYS[interface]
+            assert all(p.shape == (2, 48, 64, 3) and p.dtype == torch.uint8 for p in shown.values())
+    rendered = env.render()
+    if interface == "gs_rlinf":
+        assert torch.equal(rendered, after["3rd_view_camera"]["rgb"])
+    else:
+        assert rendered == after["3rd_view_camera"]
+    env.close()
+
+
+def test_env_needs_no_scene_and_shows_the_same_as_beside_splats(monkeypatch):
+    """Two names of one picture; and it shows the cube where the physics has it."""
+    skip_without_vulkan()
+    monkeypatch.delenv("GSRL_SCENE", raising=False)
+    sim = sim_config(cameras=(type(sim_config())().cameras[0],), render_downscale=2)
+    alone = make(gs={"render_interface": "env", "scene": None, "rasterizer": None, "sim": sim})
+    both = make(gs={"render_interface": "env+gs", "sim": sim})
+    first, second = (e.reset(seed=[5, 6])[0]["sensor_data"]["3rd_view_camera"]["env"] for e in (alone, both))
+    assert torch.equal(first, second)
+    camera, poses = alone.unwrapped._env.cameras()["3rd_view_camera"], alone.unwrapped._env.body_poses()
+    for picture, pose in zip(first.float(), poses[:, BODIES.index("cube")], strict=True):
+        red = picture[..., 0] > 2 * picture[..., 1:].amax(dim=-1) + 20
+        found = torch.nonzero(red).float().mean(dim=0).flip(0) + 0.5
+        assert (found - camera.project(pose[None, :3, 3])[0][0, 0]).abs().max() < 1.5
+    for e in (alone, both):
+        e.close()
+
+
+def test_env_without_vulkan_says_what_to_install(monkeypatch):
+    def nothing():
+        raise RuntimeError("failed to find a rendering device")
+
+    monkeypatch.setattr(render, "RenderSystem", nothing)
+    with pytest.raises(SimulationError, match=r"apt-get install libvulkan1 mesa-vulkan-drivers"):
+        make(gs={"render_interface": "env"})
+
+
+def test_render_before_reset_says_so():
+    env = make(num_envs=1, gs={"render_interface": "gs"})
+    with pytest.raises(SimulationError, match="reset"):
+        env.unwrapped.render()
+    env.close()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -112,7 +175,7 @@ def test_reward_mode_none_and_a_single_unbatched_action():
         ({"render_mode": "depth_array"}, "rgb_array"),
         ({"sim_backend": "cuda"}, "physx_cuda"),
         ({"control_mode": "pd_joint_vel"}, "pd_ee_target_delta_pose"),
-        ({"gs": {"render_interface": "env+gs"}}, "'gs_rlinf', 'gs'"),
+        ({"gs": {"render_interface": "rgb"}}, r"'env', 'gs', 'env\+gs', 'gs_rlinf'"),
         ({"gs": {"cache_table": "yes"}}, "cache_table"),
         ({"sim_config": {"sim_frq": 500}}, "allowed: sim_freq, control_freq"),
         ({"gs": {"back_ground_file": "x.jpg"}}, "back_ground_file"),

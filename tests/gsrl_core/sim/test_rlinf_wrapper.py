@@ -123,7 +123,7 @@ def test_the_seeds_arguments(scene, interface, cached):
     env = gym.make(**params)
     raw, _ = env.reset(seed=[3])
     assert set(raw) == {"agent", "extra", "sensor_param", "sensor_data"}
-    assert set(raw["sensor_data"]["3rd_view_camera"]) == {"rgb" if interface == "gs_rlinf" else "gs"}
+    assert set(raw["sensor_data"]["3rd_view_camera"]) == ({"rgb"} if interface == "gs_rlinf" else {"gs", "env"})
     assert env.unwrapped.obs_mode == "state" and env.unwrapped.agent.uid == "my_franka"
     assert torch.equal(env.unwrapped.agent.robot.get_qpos(), raw["agent"]["qpos"])
     assert (env.unwrapped.sim_freq, env.unwrapped.control_freq) == (100, 10)
