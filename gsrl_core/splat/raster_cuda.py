@@ -78,11 +78,13 @@ class CudaRasterizer:
             SceneError: the kernels can be neither found nor compiled.
         """
         self.device = torch.device(device)
+        if self.device == torch.device("cuda"):  # whichever is current now, for good
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.background = background
         self.environments_per_pass = environments_per_pass
         self.scratch_bytes = scratch_bytes
         self.cache_bytes = cache_bytes
-        self._kernels = library.load()
+        self._kernels = library.load(self.device)
         self._source: Scene | None = None
         self._packed: Packed | None = None
         self._known: dict[str, _Known] = {}

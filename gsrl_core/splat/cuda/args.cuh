@@ -23,7 +23,7 @@ constexpr float LOG2_ALPHA_MIN = -7.994353436858858f;  // log2(1 / 255)
 // How a pass treats the static part.
 enum Mode { OVER_LAYER = 0, STATIC_ONLY = 1, LIVE = 2 };
 
-// Mirrored by gsrl_core/splat/cuda/__init__.py, field by field.
+// Mirrored by gsrl_core/splat/cuda/library.py, field by field.
 struct Args {
     // The scene: N Gaussians, ordered by chunk.
     const float4* mean_reach;     // [N] centre in the body's frame, largest standard deviation times the cut-off

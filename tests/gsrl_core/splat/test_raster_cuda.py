@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 import torch
 
@@ -7,7 +5,7 @@ from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
 from gsrl_core.splat.constants import ALPHA_MIN, EPS2D, FAR_PLANE, NEAR_PLANE
-from gsrl_core.splat.cuda import build, library, packing
+from gsrl_core.splat.cuda import library, packing
 from gsrl_core.splat.cuda.recording import Recording
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
@@ -98,37 +96,6 @@ def test_empty_scenes_can_be_packed():
         Scene.from_parts(Gaussians.empty(), {"cube": (Gaussians.empty(), torch.eye(4))}), torch.device("cpu")
     )
     assert packed.chunks.shape == (0, 4) and packed.body_chunks == 0
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler")
-def test_the_compiled_layout_and_constants_are_pythons(tmp_path, monkeypatch):
-    build.compile_library(tmp_path / "kernels.so")
-    library.Library(tmp_path / "kernels.so")
-    monkeypatch.setitem(build.DEFINED, "EPS2D", 0.31)
-    with pytest.raises(SceneError, match="another version"):
-        library.Library(tmp_path / "kernels.so")
-
-
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
-    with pytest.raises(SceneError, match=r"none\.so"):
-        build.library()
-    (tmp_path / "none.so").write_bytes(b"no library")
-    with pytest.raises(SceneError, match="not a library"):
-        library.Library(build.library())
-
-
-def test_no_compiler_is_explained(monkeypatch):
-    from torch.utils import cpp_extension
-
-    def fail(*_, **__):
-        raise RuntimeError("no nvcc")
-
-    monkeypatch.delenv(build.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(build, "_version", lambda: "never_built")
-    monkeypatch.setattr(cpp_extension, "load", fail)
-    with pytest.raises(SceneError, match="rasterizer=gsplat"):
-        build.library()
 
 
 # --- pictures
