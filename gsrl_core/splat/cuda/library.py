@@ -18,11 +18,11 @@ OVER_LAYER, STATIC_ONLY, LIVE = 0, 1, 2
 
 _POINTERS = (
     *("mean_reach", "covariance_a", "covariance_b", "harmonics", "chunks", "runs", "poses", "world_to_camera", "K"),
-    *("layer_color", "layer_open", "layer_picture", "rgb", "depth", "alpha", "body"),
+    *("layer_color", "layer_open", "layer_picture", "layer_rows", "rgb", "depth", "alpha", "body"),
     *("views", "records", "depths", "visible", "counts", "bases", "starts", "queue", "state", "keys"),
 )
 _INTEGERS = (
-    *("environments", "bodies", "camera_stride", "layer_stride", "width", "height"),
+    *("environments", "bodies", "camera_stride", "width", "height"),
     *("first_chunk", "chunk_count", "coefficients", "mode", "extras"),
 )
 

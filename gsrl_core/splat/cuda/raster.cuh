@@ -205,6 +205,10 @@ struct Place {
     size_t pixel, layer;  // in the pictures, and in the picture of the static part
 };
 
+__device__ __forceinline__ size_t layer_row(const Args& a, int environment) {
+    return a.layer_rows ? __ldg(a.layer_rows + environment) : 0;
+}
+
 __device__ __forceinline__ Place place_of(const Args& a, u32 item) {
     int tiles = tile_count(a), across = tiles_x(a);
     Place at;
@@ -214,7 +218,7 @@ __device__ __forceinline__ Place place_of(const Args& a, u32 item) {
     at.inside = at.x < a.width && at.y < a.height;
     size_t area = (size_t)a.width * a.height, within = (size_t)at.y * a.width + at.x;
     at.pixel = at.environment * area + within;
-    at.layer = (size_t)at.environment * a.layer_stride * area + within;
+    at.layer = layer_row(a, at.environment) * area + within;
     return at;
 }
 
@@ -304,7 +308,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) raster(Args a) {
 // Every environment's picture as it is without bodies.
 __global__ void copy_layer(Args a, int words) {
     size_t area = (size_t)a.width * a.height * 3;
-    const uint8_t* from = a.layer_picture + blockIdx.y * (size_t)a.layer_stride * area;
+    const uint8_t* from = a.layer_picture + layer_row(a, blockIdx.y) * area;
     uint8_t* to = a.rgb + blockIdx.y * area;
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (words) {

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -59,6 +61,16 @@ def cameras(count, width=203, height=150):
     own = Camera(look_at(eyes, torch.zeros(count, 3)), K.repeat(count, 1, 1), width, height)
     fixed = Camera(look_at(torch.tensor([[0.5, 0.4, 0.8]]), torch.zeros(1, 3)), K, width, height)
     return {"fixed": fixed, "own": own}
+
+
+def moved_a_little(camera):
+    view = camera.world_to_camera.clone()
+    view[:, :3, 3] += 0.02
+    return Camera(view, camera.K.clone(), camera.width, camera.height)
+
+
+def same_frames(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("rgb", "depth", "alpha", "body_id"))
 
 
 def psnr(a, b):
@@ -233,18 +245,68 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
     for mode in (library.OVER_LAYER, library.LIVE):
         rasterizer._room[(mode, views["own"].width, views["own"].height)] = 10
     on_device = Camera(views["own"].world_to_camera.cuda(), views["own"].K.cuda(), 203, 150)
-    recording = Recording(rasterizer, scene, far, views | {"own": on_device})
+    recording = Recording(rasterizer, scene, far, views | {"own": on_device}, moving=["own"])
     for poses in (far, near, far):
         moved = views | {"own": Camera(views["own"].world_to_camera.flip(0), views["own"].K, 203, 150)}
         expected = CudaRasterizer().render(scene, poses, moved)
-        found = recording(poses, moved)
+        found = recording(poses, {"own": moved["own"]})
         assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
     assert torch.equal(on_device.world_to_camera.cpu(), views["own"].world_to_camera)
     fresh = CudaRasterizer().render(scene, near, views)["own"].rgb
     assert torch.equal(rasterizer.render(scene, near, views)["own"].rgb, fresh)
     rasterizer.render(make_scene(degree=0), near, views)  # what the graph reads must outlive this
     torch.cuda.empty_cache()
-    assert torch.equal(recording(far, moved)["own"].rgb, expected["own"].rgb)
+    assert torch.equal(recording(far)["own"].rgb, expected["own"].rgb)
+
+
+@on_gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_recording_follows_every_camera_that_may_move(count):
+    scene, poses, views = make_scene(), make_poses(count), cameras(count)
+    moving = Recording(CudaRasterizer(), scene, poses, views, moving=["fixed", "own"], extras=True)
+    still = Recording(CudaRasterizer(), scene, poses, views, extras=True)
+    assert all(plan.mode == library.OVER_LAYER for plan in still._plans.values())
+    shifted = {name: moved_a_little(camera) for name, camera in views.items()}
+    for seen in (shifted, views):
+        expected = CudaRasterizer().render(scene, poses, seen, extras=True)
+        found = moving(poses, seen)
+        assert all(same_frames(found[name], expected[name]) for name in views)
+    assert all(same_frames(frames, expected[name]) for name, frames in still(poses).items())
+    with pytest.raises(SceneError, match="'fixed' was recorded as standing still"):
+        still(poses, {"fixed": shifted["fixed"]})
+
+
+@on_gpu
+def test_recording_and_rendering_threads_take_turns():
+    scene, poses, views = make_scene(), make_poses(3), cameras(3)
+    rasterizer = CudaRasterizer()
+    expected = CudaRasterizer().render(scene, poses, views)
+
+    def render(_):
+        return rasterizer.render(scene, poses, views)["own"].rgb
+
+    def record(_):
+        return Recording(rasterizer, scene, poses, views, moving=["own"])(poses)["own"].rgb.clone()
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(lambda work: work(None), [render, record] * 10)]
+    assert all(torch.equal(rgb, expected["own"].rgb) for rgb in found)
+
+
+@on_gpu
+def test_threads_that_draw_different_numbers_of_environments_get_the_serial_bits():
+    scene, counts = make_scene(), (2, 7)
+    batches = {count: (make_poses(count, seed=count), cameras(count)) for count in counts}
+    expected = {count: CudaRasterizer().render(scene, *batches[count], extras=True) for count in counts}
+    rasterizer = CudaRasterizer(environments_per_pass=3)
+
+    def draw(count):
+        poses, views = batches[count]
+        frames = [rasterizer.render(scene, poses, views, extras=True) for _ in range(20)]
+        return all(same_frames(one[name], expected[count][name]) for one in frames for name in views)
+
+    with ThreadPoolExecutor(len(counts)) as threads:
+        assert all(threads.map(draw, counts))
 
 
 @on_gpu
@@ -268,12 +330,7 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
     scene, poses, own = make_scene(), make_poses(3), cameras(3)["own"]
     rasterizer = CudaRasterizer(environments_per_pass=2)
     drawn, kept = [], []
-    for camera in (
-        own,
-        own,
-        own.select(slice(None)),
-        Camera(own.world_to_camera.flip(0), own.K, own.width, own.height),
-    ):
+    for camera in (own, own, own.select(slice(None)), moved_a_little(own)):
         drawn.append(rasterizer.render(scene, poses, {"own": camera})["own"].rgb)
         kept.append(rasterizer._known["own"].layer is not None)
     assert kept == [False, True, True, False]
@@ -282,6 +339,20 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
     for _ in range(2):
         assert torch.equal(small.render(scene, poses, {"own": own})["own"].rgb, drawn[0])
     assert small._known["own"].layer is None
+
+
+@on_gpu
+def test_static_pictures_are_found_for_each_environment_while_the_batch_shrinks():
+    scene, poses, own = make_scene(), make_poses(5), cameras(5)["own"]
+    rasterizer = CudaRasterizer(environments_per_pass=2)
+    for extras in (True, False):
+        expected = CudaRasterizer().render(scene, poses, {"own": own}, extras=extras)["own"]
+        for left in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2, 0], [3], [0, 1, 2, 3, 4]):
+            found = rasterizer.render(scene, poses[left], {"own": own.select(left)}, extras=extras)["own"]
+            assert torch.equal(found.rgb, expected.rgb[left]), left
+            if extras:
+                assert torch.equal(found.depth, expected.depth[left]) and torch.equal(found.alpha, expected.alpha[left])
+    assert len(rasterizer._known["own"].layer.color) == 5
 
 
 @on_gpu
