@@ -55,7 +55,7 @@ def library(device: torch.device) -> Path:
         return Path(named)
     try:
         return _built_once(_kept_in(), architecture(device))
-    except (OSError, SceneError) as error:
+    except (OSError, RuntimeError, SceneError) as error:
         raise SceneError(
             f"the CUDA renderer could not be compiled ({type(error).__name__}: {error}); install the CUDA toolkit "
             f"(nvcc of PyTorch's CUDA version), name a library built elsewhere ({REBUILD}) in {LIBRARY_VARIABLE}, or "
@@ -101,8 +101,11 @@ def _built_once(folder: Path, architecture: str) -> Path:
     with _turn(built.with_suffix(".lock")):
         if not built.is_file():  # nobody built it while we waited
             logger.warning("compiling the CUDA kernels, up to a minute; they are kept in %s", folder)
+            unfinished = f"building-{built.stem}-"
+            for left in folder.glob(f"{unfinished}*"):  # by processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
             # A folder of its own: if we are killed, nvcc may live on and write.
-            with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as own:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=unfinished) as own:
                 compile_library(Path(own) / built.name, architecture)
                 (Path(own) / built.name).replace(built)
     return built

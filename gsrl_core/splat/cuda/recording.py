@@ -84,14 +84,15 @@ class Recording:
                 self._plans[name].camera.world_to_camera.copy_(camera.world_to_camera)
                 self._plans[name].camera.K.copy_(camera.K)
             self._graph.replay()
-            if check and not self.fitted():
+            if check and self.rasterizer.grow(self._plans):
                 self.cameras = {**self.cameras, **given}
                 self._capture()
         return {name: plan.out for name, plan in self._plans.items() if plan.out is not None}
 
     def fitted(self) -> bool:
         """Whether all entries of the last call had room. Synchronises."""
-        return not self.rasterizer.grow(self._plans)
+        with self.rasterizer.turn:
+            return not self.rasterizer.grow(self._plans)
 
 
 def check_same_batch(recorded: Tensor, body_to_world: Tensor) -> None:
