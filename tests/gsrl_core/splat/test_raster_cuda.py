@@ -9,6 +9,7 @@ from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
 from gsrl_core.splat.constants import ALPHA_MIN, EPS2D, FAR_PLANE, NEAR_PLANE
 from gsrl_core.splat.cuda import library, packing
 from gsrl_core.splat.cuda.recording import Recording
+from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.raster_cuda import CudaRasterizer
@@ -70,7 +71,9 @@ def moved_a_little(camera):
 
 
 def same_frames(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("rgb", "depth", "alpha", "body_id"))
+    """Bits of pictures and bodies; the kernels of kept and of live static parts may round a depth differently."""
+    near = all(torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-5) for name in ("depth", "alpha"))
+    return near and torch.equal(a.rgb, b.rgb) and torch.equal(a.body_id, b.body_id)
 
 
 def psnr(a, b):
@@ -345,13 +348,13 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
 def test_static_pictures_are_found_for_each_environment_while_the_batch_shrinks():
     scene, poses, own = make_scene(), make_poses(5), cameras(5)["own"]
     rasterizer = CudaRasterizer(environments_per_pass=2)
-    for extras in (True, False):
-        expected = CudaRasterizer().render(scene, poses, {"own": own}, extras=extras)["own"]
-        for left in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2, 0], [3], [0, 1, 2, 3, 4]):
-            found = rasterizer.render(scene, poses[left], {"own": own.select(left)}, extras=extras)["own"]
-            assert torch.equal(found.rgb, expected.rgb[left]), left
-            if extras:
-                assert torch.equal(found.depth, expected.depth[left]) and torch.equal(found.alpha, expected.alpha[left])
+    expected = CudaRasterizer().render(scene, poses, {"own": own}, extras=True)["own"]
+    for left in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2, 0], [3], [0, 1, 2, 3, 4]):
+        found = rasterizer.render(scene, poses[left], {"own": own.select(left)}, extras=True)["own"]
+        chosen = Frames(*(getattr(expected, name)[left] for name in ("rgb", "depth", "alpha", "body_id")))
+        assert same_frames(found, chosen), left
+        plain = rasterizer.render(scene, poses[left], {"own": own.select(left)})["own"]
+        assert torch.equal(plain.rgb, chosen.rgb), left
     assert len(rasterizer._known["own"].layer.color) == 5
 
 
