@@ -4,8 +4,10 @@
 
 640 x 480, 150,000 foreground splats over a cached background of 300,000; transforms, composite and uint8 included;
 poses are on the device, as physics leaves them, and so are our pictures (the baseline's are on the host, as the
-seed's). Two cameras: the same and a 320 x 240 wrist view in which table and room move too. Times are medians of wall
-clock around one render and a device synchronisation.
+seed's). Two cameras: the same and a 320 x 240 wrist view in which table and room move too. Jitter: the camera has a
+pose of its own in each environment, given anew in every frame, as an environment with camera jitter does; the picture
+of table and room is cached for each up to 129 environments, and drawn live for more. Times are medians of wall clock
+around one render and a device synchronisation.
 """
 
 from __future__ import annotations
@@ -64,22 +66,27 @@ def peak(reserve: Callable[[], float]) -> tuple[float, float]:
 def ours(scene: Scene, environments: int, wrist: bool, recorded: bool) -> tuple[float, float]:
     """Seconds per vectorised frame and peak memory (GiB)."""
     sets = [render_scene.poses(environments, seed).cuda() for seed in range(SETS)]
-    views = {id(poses): render_scene.wrist(poses) for poses in sets}
+    moved = {id(poses): {"wrist": render_scene.wrist(poses)} if wrist else {} for poses in sets}
 
-    def cameras(poses: Tensor) -> dict[str, Camera]:
-        return {"third": render_scene.third_person()} | ({"wrist": views[id(poses)]} if wrist else {})
+    def measure() -> float:
+        rasterizer, fixed = CudaRasterizer(), {"third": render_scene.third_person()}
+        if recorded:
+            cameras = fixed | moved[id(sets[0])]
+            recording = Recording(rasterizer, scene, sets[0], cameras, moving=tuple(moved[id(sets[0])]))
+            return seconds(lambda p: recording(p, moved[id(p)]), sets, 20)
+        return seconds(lambda p: rasterizer.render(scene, p, fixed | moved[id(p)]), sets, 20)
+
+    return peak(measure)
+
+
+def jittered(scene: Scene, environments: int) -> tuple[float, float]:
+    """As :func:`ours` for a camera that stands a little elsewhere in each environment."""
+    sets = [render_scene.poses(environments, seed).cuda() for seed in range(SETS)]
+    camera = render_scene.jittered(environments)
 
     def measure() -> float:
         rasterizer = CudaRasterizer()
-        fixed = render_scene.third_person()
-        if recorded:
-            recording = Recording(rasterizer, scene, sets[0], cameras(sets[0]))
-            return seconds(lambda p: recording(p, {"wrist": views[id(p)]} if wrist else None), sets, 20)
-        return seconds(
-            lambda p: rasterizer.render(scene, p, {"third": fixed} | ({"wrist": views[id(p)]} if wrist else {})),
-            sets,
-            20,
-        )
+        return seconds(lambda p: rasterizer.render(scene, p, {"third": camera.select(slice(None))}), sets, 20)
 
     return peak(measure)
 
@@ -157,6 +164,12 @@ def sizes(scene: Scene, environments: int) -> None:
         print(f"160 x 120 from {size}, {environments} envs: {rate:.0f} frames/s, {near:.1f} dB to the finest")
 
 
+def row(what: str, count: int, took: float, memory: float, base: float | None) -> None:
+    """Print one row of the table: seconds for a frame of ``count`` environments, GiB, and the baseline's seconds."""
+    ratio = f"{base / took:7.1f}" if base else ""
+    print(f"{what:38} {count:4} {took * 1e3:9.3f} {count / took:9.0f} {memory:6.2f} {ratio}", flush=True)
+
+
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,18 +186,13 @@ def main() -> None:
         base = None
         if not options.no_baseline:
             base, memory = baseline(scenes["degree 0"], count)
-            print(
-                f"{'seed method (baseline)':38} {count:4} {base * 1e3:9.2f} {count / base:9.0f} {memory:6.2f} {1:7.1f}"
-            )
+            row("seed method (baseline)", count, base, memory, base)
         for name, scene in scenes.items():
             for wrist in (False, True):
                 for recorded in (False, True):
-                    took, memory = ours(scene, count, wrist, recorded)
                     what = f"ours, {name}{', + wrist' if wrist else ''}{', CUDA graph' if recorded else ''}"
-                    ratio = f"{base / took:7.1f}" if base and not wrist else ""
-                    print(
-                        f"{what:38} {count:4} {took * 1e3:9.3f} {count / took:9.0f} {memory:6.2f} {ratio}", flush=True
-                    )
+                    row(what, count, *ours(scene, count, wrist, recorded), None if wrist else base)
+            row(f"ours, {name}, jitter", count, *jittered(scene, count), base)
     if options.sizes:
         sizes(scenes["degree 0"], max(options.environments))
     if options.pictures:

@@ -100,6 +100,14 @@ def third_person() -> Camera:
     return Camera(view, intrinsics(700.0, 700.0, 318.0, 243.0)[None], 640, 480)
 
 
+def jittered(count: int, turn: float = 0.02, shift: float = 0.01, seed: int = 2) -> Camera:
+    """:func:`third_person`, turned (rad) and moved (m) a little differently in each of ``count`` environments."""
+    generator, camera = torch.Generator().manual_seed(seed), third_person()
+    turns, shifts = (size * torch.randn(count, 3, generator=generator) for size in (turn, shift))
+    view = make_rigid(rotvec_to_matrix(turns), shifts) @ camera.world_to_camera
+    return Camera(view.contiguous(), camera.K.repeat(count, 1, 1), camera.width, camera.height)
+
+
 def wrist(body_to_world: Tensor) -> Camera:
     """A 320 x 240 camera on each environment's hand, which looks along the fingers."""
     mount = look_at(torch.tensor([0.08, 0.0, -0.03]), torch.tensor([0.0, 0.0, 0.15]), up=(0.0, 1.0, 0.0))

@@ -84,7 +84,7 @@ def render(config: PipelineConfig) -> dict[str, Any]:
 
     device, count = default_device(), config.sim.num_envs
     scene = synthetic_scene(_task(config)).to(device)
-    rasterizer = make_rasterizer(config.sim.rasterizer)
+    rasterizer = make_rasterizer(config.sim.rasterizer, device)
     poses = scene.rest_to_world.repeat(count, 1, 1, 1)
     poses[..., 2, 3] += 0.05 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).to(device)
     rig = CameraRig(config.sim.cameras, config.sim.render_downscale, config.sim.render_supersample)

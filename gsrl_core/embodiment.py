@@ -69,7 +69,7 @@ class SplatEmbodiment:
         return make_env(
             self.config.sim,
             load_scene(self.scene).to(device),
-            make_rasterizer(self.config.sim.rasterizer),
+            make_rasterizer(self.config.sim.rasterizer, device),
             num_envs,
             named(perturbation) if perturbation else None,
         )

@@ -233,17 +233,15 @@ class GsVecEnv:
         elapsed = states.elapsed[envs.numpy()]
         gain = torch.stack([self._episodes[i].gain for i in envs.tolist()])
         tinted = bool((gain != 1).any())
-        cameras = {
-            name: camera.to(self.device)
-            for name, camera in self._rig.cameras(body_to_world, self._camera_motion[envs]).items()
-        }
+        # On the CPU, where a rasteriser can compare them with those of the last frame.
+        cameras = self._rig.cameras(body_to_world, self._camera_motion[envs])
         poses = body_to_world[:, self._bodies]
         with_extras = extras or realism.needs_extras
         drawn = (rasterizer or self._rasterizer).render(self._scene, poses.to(self.device), cameras, extras=with_extras)
         finished = {}
         for name, frames in drawn.items():
             seen = self._rig.finished(name, _on(frames, self.device))
-            rgb = realism.on_scene(name, seen, cameras[name], poses, envs)
+            rgb = realism.on_scene(name, seen, cameras[name].to(self.device), poses, envs)
             rgb = _tinted(rgb, gain.to(self.device)) if tinted else rgb
             rgb = realism.on_sensor(name, rgb, elapsed, envs)
             finished[name] = replace(seen, rgb=rgb)

@@ -280,7 +280,7 @@ def _scene_and_rasterizer(options: Mapping[str, Any], sim: SimConfig) -> tuple[S
     if isinstance(rasterizer, str):
         from gsrl_core.splat.raster import make_rasterizer  # numba or gsplat
 
-        rasterizer = make_rasterizer(rasterizer)
+        rasterizer = make_rasterizer(rasterizer, device)
     return scene.to(device), rasterizer
 
 

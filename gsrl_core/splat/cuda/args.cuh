@@ -23,7 +23,7 @@ constexpr float LOG2_ALPHA_MIN = -7.994353436858858f;  // log2(1 / 255)
 // How a pass treats the static part.
 enum Mode { OVER_LAYER = 0, STATIC_ONLY = 1, LIVE = 2 };
 
-// Mirrored by gsrl_core/splat/cuda/__init__.py, field by field.
+// Mirrored by gsrl_core/splat/cuda/library.py, field by field.
 struct Args {
     // The scene: N Gaussians, ordered by chunk.
     const float4* mean_reach;     // [N] centre in the body's frame, largest standard deviation times the cut-off
@@ -36,10 +36,11 @@ struct Args {
     const float* poses;           // [E, M, 4, 4]
     const float* world_to_camera; // [E or 1, 4, 4]
     const float* K;               // [E or 1, 3, 3]
-    // The picture of the static part, [E or 1, h, w].
+    // Pictures of the static part, [rows, h, w].
     float4* layer_color;          // rgb over black, depth beyond which bodies are hidden
     float2* layer_open;           // light that it lets through, mean depth
     uint8_t* layer_picture;       // [.., 3] finished, without bodies
+    const int* layer_rows;        // [E] each environment's row; null if all have the first
     // Pictures, [E, h, w]; the last three only with extras.
     uint8_t* rgb;
     float* depth;
@@ -58,7 +59,7 @@ struct Args {
     u64* keys;                    // [E, room]: depth, record, warps of the tile that it touches
     long long room;
     float background[3];
-    int environments, bodies, camera_stride, layer_stride, width, height;
+    int environments, bodies, camera_stride, width, height;
     int first_chunk, chunk_count, coefficients, mode, extras;
 };
 

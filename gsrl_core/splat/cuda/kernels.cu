@@ -96,9 +96,9 @@ extern "C" int gsrl_splat_render(const Args* args, void* stream) { return (int)r
 
 extern "C" const char* gsrl_splat_error(int code) { return cudaGetErrorString((cudaError_t)code); }
 
-// The layout and the constants that this library was built with, for comparison with what Python expects.
-extern "C" void gsrl_splat_built_with(double out[8]) {
-    double values[8] = {(double)sizeof(Args), EPS2D, NEAR_PLANE, FAR_PLANE, FRUSTUM_MARGIN, ALPHA_MAX,
-                        TRANSMITTANCE_MIN, CONTACT_TOLERANCE};
-    for (int i = 0; i < 8; i++) out[i] = values[i];
-}
+// Size of the arguments and digest of the source (build.version), for comparison with what Python expects.
+#define TEXT_OF(token) #token
+#define TEXT(macro) TEXT_OF(macro)
+extern "C" int gsrl_splat_args_bytes() { return (int)sizeof(Args); }
+
+extern "C" const char* gsrl_splat_version() { return TEXT(VERSION); }

@@ -6,6 +6,8 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from gsrl_core.errors import SceneError
 from gsrl_core.splat.cuda import build
 
@@ -16,11 +18,11 @@ OVER_LAYER, STATIC_ONLY, LIVE = 0, 1, 2
 
 _POINTERS = (
     *("mean_reach", "covariance_a", "covariance_b", "harmonics", "chunks", "runs", "poses", "world_to_camera", "K"),
-    *("layer_color", "layer_open", "layer_picture", "rgb", "depth", "alpha", "body"),
+    *("layer_color", "layer_open", "layer_picture", "layer_rows", "rgb", "depth", "alpha", "body"),
     *("views", "records", "depths", "visible", "counts", "bases", "starts", "queue", "state", "keys"),
 )
 _INTEGERS = (
-    *("environments", "bodies", "camera_stride", "layer_stride", "width", "height"),
+    *("environments", "bodies", "camera_stride", "width", "height"),
     *("first_chunk", "chunk_count", "coefficients", "mode", "extras"),
 )
 
@@ -47,15 +49,19 @@ class Library:
         try:
             self._library = ctypes.CDLL(str(path))
             self._render, self._error = self._library.gsrl_splat_render, self._library.gsrl_splat_error
-            built_with = self._library.gsrl_splat_built_with
+            built_from, args_bytes = self._library.gsrl_splat_version, self._library.gsrl_splat_args_bytes
         except (OSError, AttributeError) as error:
-            raise SceneError(f"{path} is not a library of the CUDA renderer ({error}); build it again") from error
+            raise SceneError(
+                f"{path} is not a library of this CUDA renderer ({error}); build it again: {build.REBUILD}"
+            ) from error
         self._render.argtypes, self._error.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_char_p
-        values = (ctypes.c_double * 8)()
-        built_with(values)
-        expected = [float(ctypes.sizeof(Args)), *list(build.DEFINED.values())[:7]]
-        if any(abs(a - b) > 1e-6 * abs(b) for a, b in zip(values, expected, strict=True)):
-            raise SceneError(f"{path} was built from another version ({list(values)}, not {expected}); build it again")
+        built_from.restype = ctypes.c_char_p
+        found, expected = (built_from().decode(), args_bytes()), (build.version(), ctypes.sizeof(Args))
+        if found != expected:
+            raise SceneError(
+                f"{path} was built from another version of the CUDA renderer ({found}, not {expected}); build it "
+                f"again: {build.REBUILD}"
+            )
 
     def render(self, args: Args, stream: int) -> None:
         """Enqueue one pass on a CUDA stream.
@@ -68,11 +74,15 @@ class Library:
             raise SceneError(f"the CUDA renderer failed to start: {self._error(code).decode()}")
 
 
-@cache
-def load() -> Library:
-    """The kernels, compiled if need be.
+def load(device: torch.device) -> Library:
+    """The kernels for a CUDA device, compiled if need be.
 
     Raises:
         SceneError: see :func:`build.library`.
     """
-    return Library(build.library())
+    return _opened(build.library(device))
+
+
+@cache
+def _opened(path: Path) -> Library:
+    return Library(path)

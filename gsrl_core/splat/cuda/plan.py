@@ -16,11 +16,13 @@ LAYER_BYTES = 27
 """Of one pixel of a kept picture of the static part."""
 MAX_TILES = 160 * 1024 // 4
 """A block counts the entries of every tile in shared memory."""
+MAX_ENTRIES = 1 << 30
+"""Of all tiles' lists of one environment: 8 GiB."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The static part seen from C fixed poses, one for all environments or one for each."""
+    """The static part seen from C fixed poses."""
 
     color: Tensor
     """float32 [C, h, w, 4]: rgb over black, and the depth beyond which bodies are hidden (m)."""
@@ -31,12 +33,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Found:
+    """A camera on the device and, where it is kept, the static part that it sees."""
+
+    camera: Camera
+    layer: Layer | None = None
+    rows: Tensor | None = None
+    """int32 [B]: each environment's row of ``layer``; none if all have the first."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one camera of a batch is drawn: its tensors on the device and the sizes of its scratch memory."""
 
     mode: int
-    camera: Camera
-    layer: Layer | None
+    found: Found
+    """Its layer is drawn over, or with mode STATIC_ONLY drawn."""
     out: Frames | None
     chunks: tuple[int, int]
     """First and number."""
@@ -45,12 +57,32 @@ class Plan:
     room: int
     """Entries of all tiles' lists that there is room for in each environment."""
     state: Tensor
-    """int32 [passes, STATE]; the first is the most entries that an environment had."""
+    """int32 [passes, STATE], to be read as unsigned; the first is the most entries that an environment had."""
+
+    @property
+    def camera(self) -> Camera:
+        """On the device."""
+        return self.found.camera
 
     @property
     def key(self) -> tuple[int, int, int]:
         """What the room is kept for."""
         return self.mode, self.camera.width, self.camera.height
+
+    def most_entries(self) -> int:
+        """Most entries that an environment had in the last call. Synchronises.
+
+        Raises:
+            SceneError: they are too many to make room for.
+        """
+        most = max((row[0] & 0xFFFFFFFF for row in self.state.tolist()), default=0)
+        if most > MAX_ENTRIES:
+            raise SceneError(
+                f"a picture of {self.camera.width} x {self.camera.height} pixels has {most} entries of Gaussians in "
+                f"tiles; the CUDA renderer draws at most {MAX_ENTRIES}; use a smaller picture, remove Gaussians that "
+                "cover all of it, or use rasterizer=gsplat"
+            )
+        return most
 
 
 def allocate_frames(count: int, camera: Camera, extras: bool, device: torch.device) -> Frames:

@@ -202,7 +202,7 @@ __device__ __forceinline__ void clear(Pixel& p, bool inside) {
 struct Place {
     int environment, tile, x, y;
     bool inside;
-    size_t pixel, layer;  // in the pictures, and in the picture of the static part
+    size_t pixel;  // in the pictures
 };
 
 __device__ __forceinline__ Place place_of(const Args& a, u32 item) {
@@ -212,10 +212,17 @@ __device__ __forceinline__ Place place_of(const Args& a, u32 item) {
     at.x = at.tile % across * TILE + 8 * (warp_id() & 1) + (lane_id() & 7);
     at.y = at.tile / across * TILE + 4 * (warp_id() >> 1) + (lane_id() >> 3);
     at.inside = at.x < a.width && at.y < a.height;
-    size_t area = (size_t)a.width * a.height, within = (size_t)at.y * a.width + at.x;
-    at.pixel = at.environment * area + within;
-    at.layer = (size_t)at.environment * a.layer_stride * area + within;
+    at.pixel = ((size_t)at.environment * a.height + at.y) * a.width + at.x;
     return at;
+}
+
+__device__ __forceinline__ size_t layer_row(const Args& a, int environment) {
+    return a.layer_rows ? __ldg(a.layer_rows + environment) : 0;
+}
+
+// The pixel in the pictures of the static part.
+__device__ __forceinline__ size_t layer_pixel(const Args& a, const Place& at) {
+    return (layer_row(a, at.environment) * a.height + at.y) * a.width + at.x;
 }
 
 template <Kind KIND, bool EXTRAS>
@@ -240,8 +247,9 @@ __device__ __forceinline__ void draw_tile(const Args& a, Shared& s) {
             draw_list_of<STATIC_PART, false>(a, s, at, p);
             surface = surface_of(p);
         } else if (at.inside) {
-            surface.depth = __ldg(&a.layer_color[at.layer].w);
-            surface.open = __ldg(&a.layer_open[at.layer].x);
+            size_t pixel = layer_pixel(a, at);
+            surface.depth = __ldg(&a.layer_color[pixel].w);
+            surface.open = __ldg(&a.layer_open[pixel].x);
         }
     }
     if (MODE == STATIC_ONLY) {
@@ -261,13 +269,13 @@ __device__ __forceinline__ void draw_tile(const Args& a, Shared& s) {
     Place at = place_of(a, reload(s.item));
     if (!at.inside) return;
     if (MODE == OVER_LAYER) {
-        float4 color = __ldg(a.layer_color + at.layer);
+        float4 color = __ldg(a.layer_color + layer_pixel(a, at));
         surface.r = color.x, surface.g = color.y, surface.b = color.z;
     }
     put_picture(a.rgb + 3 * at.pixel, a, p.r + p.front * surface.r, p.g + p.front * surface.g,
                 p.b + p.front * surface.b, p.light * p.open);
     if (EXTRAS) {
-        if (MODE == OVER_LAYER) surface.mean_depth = __ldg(&a.layer_open[at.layer].y);
+        if (MODE == OVER_LAYER) surface.mean_depth = __ldg(&a.layer_open[layer_pixel(a, at)].y);
         float of_static = p.front * (1.f - p.open), total = p.weight + of_static;
         a.alpha[at.pixel] = total;
         a.depth[at.pixel] = total > 0.f ? (p.depth_sum + of_static * surface.mean_depth) / total : 0.f;
@@ -304,7 +312,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) raster(Args a) {
 // Every environment's picture as it is without bodies.
 __global__ void copy_layer(Args a, int words) {
     size_t area = (size_t)a.width * a.height * 3;
-    const uint8_t* from = a.layer_picture + blockIdx.y * (size_t)a.layer_stride * area;
+    const uint8_t* from = a.layer_picture + layer_row(a, blockIdx.y) * area;
     uint8_t* to = a.rgb + blockIdx.y * area;
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (words) {

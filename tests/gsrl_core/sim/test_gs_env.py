@@ -4,6 +4,7 @@ import torch
 from sim_helpers import BODIES, PUT, TINY_CAMERA, PoseRasterizer, empty_scene, sim_config
 
 from gsrl_core.errors import SimulationError
+from gsrl_core.geometry.camera import Camera
 from gsrl_core.geometry.rotation import quat_to_matrix
 from gsrl_core.sections import CameraConfig
 from gsrl_core.sim import task
@@ -46,6 +47,20 @@ def test_one_frame_is_drawn_per_chunk(env):
     assert env.elapsed_steps().tolist() == [5, 5]
     assert torch.equal(env.render_video_frame(), step.observation.rgb["3rd_view_camera"])
     assert len(drawn) == 1
+
+
+def test_the_rasterizer_gets_cameras_as_they_are_on_the_cpu(env, monkeypatch):
+    # On a GPU it could not compare them with those of the last frame without waiting.
+    moved, to = [], Camera.to
+
+    def remembering(camera, device):
+        moved.append(to(camera, device))
+        return moved[-1]
+
+    monkeypatch.setattr(Camera, "to", remembering)
+    env.reset([1, 2])
+    _, cameras = env._rasterizer.calls[-1]
+    assert moved and not any(camera is other for camera in cameras.values() for other in moved)
 
 
 def test_bodies_reach_the_rasterizer_in_the_scenes_order():

@@ -7,6 +7,8 @@ from sim_helpers import BODIES, PUT, PoseRasterizer, empty_scene, sim_config, sk
 
 import gsrl_core.sim.gym_ids  # noqa: F401 (registers)
 from gsrl_core.errors import SimulationError
+from gsrl_core.sim import gym_adapter
+from gsrl_core.splat.scene import Scene
 
 
 def make(num_envs=2, gs=None, **kwargs):
@@ -186,3 +188,13 @@ def test_render_before_reset_says_so():
 def test_unsupported_values_say_what_is_allowed(kwargs, message):
     with pytest.raises(SimulationError, match=message):
         make(**kwargs)
+
+
+def test_a_named_rasterizer_draws_on_the_named_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Scene, "to", lambda scene, device: scene)
+    monkeypatch.setattr("gsrl_core.splat.raster.make_rasterizer", lambda *arguments: asked.append(arguments))
+    options = {"scene": empty_scene(), "rasterizer": "cuda", "device": "cuda:1"}
+    gym_adapter._scene_and_rasterizer(options, sim_config())
+    assert asked == [("cuda", torch.device("cuda", 1))]

@@ -14,6 +14,7 @@ from gsrl_core.sim.gs_env import make_env
 from gsrl_core.sim.perturb import Perturbation, perturbation
 from gsrl_core.sim.realism import Realism, draw_look, noise_places, noisy, over_background, tone_table
 from gsrl_core.splat.frames import Frames
+from gsrl_core.splat.raster_cuda import CudaRasterizer
 from gsrl_core.splat.raster_numba import NumbaRasterizer
 
 NAME = "3rd_view_camera"
@@ -224,6 +225,27 @@ def test_the_same_episode_looks_the_same_in_every_batch():
     assert torch.equal(together[5], alone[5])
     assert not torch.equal(alone[5][0], alone[5][1])
     assert (alone[5].float() - plain[5].float()).abs().mean() > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_jittered_camera_keeps_its_static_pictures_and_shows_the_same():
+    config = sim_config(
+        num_envs=3, cameras=(CameraConfig(),), render_downscale=4, realism=RealismConfig(camera_turn_deg=1.0)
+    )
+    shown, kept = [], []
+    for cache_bytes in (0, 1 << 30):
+        rasterizer = CudaRasterizer(cache_bytes=cache_bytes)
+        with make_env(config, bench_scene().to("cuda"), rasterizer) as env:
+            pictures = [env.reset([4, 5, 6]).rgb[NAME]]
+            for _ in range(2):
+                pictures.append(env.step_chunk(torch.zeros(3, 2, 7)).observation.rgb[NAME])
+                kept.append(rasterizer._known[NAME].layer is not None)
+            env._draw(torch.tensor([0, 2]))  # as if one had ended
+            kept.append(rasterizer._known[NAME].layer is not None)
+            shown.append(torch.stack([*pictures, env.render_video_frame()]))
+    assert kept == [False] * 3 + [True] * 3
+    assert torch.equal(*shown)
 
 
 def test_each_knob_changes_the_environments_pictures_and_only_from_seed():

@@ -1,4 +1,4 @@
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from gsrl_core.errors import SceneError
 from gsrl_core.geometry.camera import Camera, intrinsics, look_at
 from gsrl_core.geometry.rotation import make_rigid, rotvec_to_matrix
 from gsrl_core.splat.constants import ALPHA_MIN, EPS2D, FAR_PLANE, NEAR_PLANE
-from gsrl_core.splat.cuda import build, library, packing
+from gsrl_core.splat.cuda import library, packing
 from gsrl_core.splat.cuda.recording import Recording
+from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.harmonics import colors_to_harmonics
 from gsrl_core.splat.raster_cuda import CudaRasterizer
@@ -63,6 +64,18 @@ def cameras(count, width=203, height=150):
     return {"fixed": fixed, "own": own}
 
 
+def moved_a_little(camera):
+    view = camera.world_to_camera.clone()
+    view[:, :3, 3] += 0.02
+    return Camera(view, camera.K.clone(), camera.width, camera.height)
+
+
+def same_frames(a, b):
+    """Bits of pictures and bodies; the kernels of kept and of live static parts may round a depth differently."""
+    near = all(torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-5) for name in ("depth", "alpha"))
+    return near and torch.equal(a.rgb, b.rgb) and torch.equal(a.body_id, b.body_id)
+
+
 def psnr(a, b):
     error = (a.cpu().float() - b.cpu().float()).square().mean()
     return float(10 * torch.log10(255**2 / error.clamp_min(1e-9)))
@@ -98,37 +111,6 @@ def test_empty_scenes_can_be_packed():
         Scene.from_parts(Gaussians.empty(), {"cube": (Gaussians.empty(), torch.eye(4))}), torch.device("cpu")
     )
     assert packed.chunks.shape == (0, 4) and packed.body_chunks == 0
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler")
-def test_the_compiled_layout_and_constants_are_pythons(tmp_path, monkeypatch):
-    build.compile_library(tmp_path / "kernels.so")
-    library.Library(tmp_path / "kernels.so")
-    monkeypatch.setitem(build.DEFINED, "EPS2D", 0.31)
-    with pytest.raises(SceneError, match="another version"):
-        library.Library(tmp_path / "kernels.so")
-
-
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
-    with pytest.raises(SceneError, match=r"none\.so"):
-        build.library()
-    (tmp_path / "none.so").write_bytes(b"no library")
-    with pytest.raises(SceneError, match="not a library"):
-        library.Library(build.library())
-
-
-def test_no_compiler_is_explained(monkeypatch):
-    from torch.utils import cpp_extension
-
-    def fail(*_, **__):
-        raise RuntimeError("no nvcc")
-
-    monkeypatch.delenv(build.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(build, "_version", lambda: "never_built")
-    monkeypatch.setattr(cpp_extension, "load", fail)
-    with pytest.raises(SceneError, match="rasterizer=gsplat"):
-        build.library()
 
 
 # --- pictures
@@ -266,18 +248,68 @@ def test_a_recording_draws_what_render_draws_and_grows_too():
     for mode in (library.OVER_LAYER, library.LIVE):
         rasterizer._room[(mode, views["own"].width, views["own"].height)] = 10
     on_device = Camera(views["own"].world_to_camera.cuda(), views["own"].K.cuda(), 203, 150)
-    recording = Recording(rasterizer, scene, far, views | {"own": on_device})
+    recording = Recording(rasterizer, scene, far, views | {"own": on_device}, moving=["own"])
     for poses in (far, near, far):
         moved = views | {"own": Camera(views["own"].world_to_camera.flip(0), views["own"].K, 203, 150)}
         expected = CudaRasterizer().render(scene, poses, moved)
-        found = recording(poses, moved)
+        found = recording(poses, {"own": moved["own"]})
         assert all(torch.equal(found[name].rgb, expected[name].rgb) for name in views)
     assert torch.equal(on_device.world_to_camera.cpu(), views["own"].world_to_camera)
     fresh = CudaRasterizer().render(scene, near, views)["own"].rgb
     assert torch.equal(rasterizer.render(scene, near, views)["own"].rgb, fresh)
     rasterizer.render(make_scene(degree=0), near, views)  # what the graph reads must outlive this
     torch.cuda.empty_cache()
-    assert torch.equal(recording(far, moved)["own"].rgb, expected["own"].rgb)
+    assert torch.equal(recording(far)["own"].rgb, expected["own"].rgb)
+
+
+@on_gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_recording_follows_every_camera_that_may_move(count):
+    scene, poses, views = make_scene(), make_poses(count), cameras(count)
+    moving = Recording(CudaRasterizer(), scene, poses, views, moving=["fixed", "own"], extras=True)
+    still = Recording(CudaRasterizer(), scene, poses, views, extras=True)
+    assert all(plan.mode == library.OVER_LAYER for plan in still._plans.values())
+    shifted = {name: moved_a_little(camera) for name, camera in views.items()}
+    for seen in (shifted, views):
+        expected = CudaRasterizer().render(scene, poses, seen, extras=True)
+        found = moving(poses, seen)
+        assert all(same_frames(found[name], expected[name]) for name in views)
+    assert all(same_frames(frames, expected[name]) for name, frames in still(poses).items())
+    with pytest.raises(SceneError, match="'fixed' was recorded as standing still"):
+        still(poses, {"fixed": shifted["fixed"]})
+
+
+@on_gpu
+def test_recording_and_rendering_threads_take_turns():
+    scene, poses, views = make_scene(), make_poses(3), cameras(3)
+    rasterizer = CudaRasterizer()
+    expected = CudaRasterizer().render(scene, poses, views)
+
+    def render(_):
+        return rasterizer.render(scene, poses, views)["own"].rgb
+
+    def record(_):
+        return Recording(rasterizer, scene, poses, views, moving=["own"])(poses)["own"].rgb.clone()
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(lambda work: work(None), [render, record] * 10)]
+    assert all(torch.equal(rgb, expected["own"].rgb) for rgb in found)
+
+
+@on_gpu
+def test_threads_that_draw_different_numbers_of_environments_get_the_serial_bits():
+    scene, counts = make_scene(), (2, 7)
+    batches = {count: (make_poses(count, seed=count), cameras(count)) for count in counts}
+    expected = {count: CudaRasterizer().render(scene, *batches[count], extras=True) for count in counts}
+    rasterizer = CudaRasterizer(environments_per_pass=3)
+
+    def draw(count):
+        poses, views = batches[count]
+        frames = [rasterizer.render(scene, poses, views, extras=True) for _ in range(20)]
+        return all(same_frames(one[name], expected[count][name]) for one in frames for name in views)
+
+    with ThreadPoolExecutor(len(counts)) as threads:
+        assert all(threads.map(draw, counts))
 
 
 @on_gpu
@@ -301,12 +333,7 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
     scene, poses, own = make_scene(), make_poses(3), cameras(3)["own"]
     rasterizer = CudaRasterizer(environments_per_pass=2)
     drawn, kept = [], []
-    for camera in (
-        own,
-        own,
-        own.select(slice(None)),
-        Camera(own.world_to_camera.flip(0), own.K, own.width, own.height),
-    ):
+    for camera in (own, own, own.select(slice(None)), moved_a_little(own)):
         drawn.append(rasterizer.render(scene, poses, {"own": camera})["own"].rgb)
         kept.append(rasterizer._known["own"].layer is not None)
     assert kept == [False, True, True, False]
@@ -315,6 +342,20 @@ def test_cameras_that_stand_still_keep_the_static_picture_of_each_environment():
     for _ in range(2):
         assert torch.equal(small.render(scene, poses, {"own": own})["own"].rgb, drawn[0])
     assert small._known["own"].layer is None
+
+
+@on_gpu
+def test_static_pictures_are_found_for_each_environment_while_the_batch_shrinks():
+    scene, poses, own = make_scene(), make_poses(5), cameras(5)["own"]
+    rasterizer = CudaRasterizer(environments_per_pass=2)
+    expected = CudaRasterizer().render(scene, poses, {"own": own}, extras=True)["own"]
+    for left in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 3, 4], [4, 2, 0], [3], [0, 1, 2, 3, 4]):
+        found = rasterizer.render(scene, poses[left], {"own": own.select(left)}, extras=True)["own"]
+        chosen = Frames(*(getattr(expected, name)[left] for name in ("rgb", "depth", "alpha", "body_id")))
+        assert same_frames(found, chosen), left
+        plain = rasterizer.render(scene, poses[left], {"own": own.select(left)})["own"]
+        assert torch.equal(plain.rgb, chosen.rgb), left
+    assert len(rasterizer._known["own"].layer.color) == 5
 
 
 @on_gpu
