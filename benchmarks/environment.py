@@ -99,7 +99,7 @@ def play(envs: Sequence[GsVecEnv], seconds: float, seed: int = 0) -> tuple[int, 
 
 def _wait() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
 
 
 def main() -> None:

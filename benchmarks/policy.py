@@ -130,9 +130,12 @@ def seconds(call: Callable[[], object], repeats: int, warm_up: int = 1) -> float
 
 
 def wait() -> None:
-    """Until the device has nothing left to do."""
+    """Until the current stream has nothing left to do.
+
+    (To wait for the whole device would break the capture of a graph in another thread.)
+    """
     if CUDA:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
 
 
 def peak_gib(reset: bool = False) -> float:
@@ -186,7 +189,7 @@ def ceilings() -> None:
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     took = seconds(lambda: a @ b, 10, 3)
     name = torch.cuda.get_device_name() if CUDA else "CPU"
-    say("device", name=name, torch=torch.__version__, bf16_matmul_tflops=digits(2 * size**3 / took / 1e12))
+    say("device", card=name, torch=torch.__version__, bf16_matmul_tflops=digits(2 * size**3 / took / 1e12))
 
 
 def throughput(policy: Pi05Policy, batch: int) -> dict[str, float]:

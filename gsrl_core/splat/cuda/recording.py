@@ -52,7 +52,8 @@ class Recording:
         rasterizer = self.rasterizer
         plans = rasterizer.plan(self.scene, len(self.poses), self.cameras, self.extras, moving=self.moving)
         self._plans = rasterizer.draw_fitting(plans, self.poses)
-        torch.cuda.synchronize(rasterizer.device)
+        # Not the whole device: that would break the capture of another thread.
+        torch.cuda.current_stream(rasterizer.device).synchronize()
         self._held = rasterizer.held()  # the graph knows only their addresses
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(rasterizer.device)
