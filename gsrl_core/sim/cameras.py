@@ -59,6 +59,10 @@ class CameraRig:
         """Camera name -> (height, width) of the finished pictures in pixels."""
         return {name: (camera.height, camera.width) for name, camera in self._seen.items()}
 
+    def drawn_pixels(self) -> int:
+        """Pixels that are drawn for one environment: of all cameras, enlarged by the supersampling."""
+        return sum(camera.height * camera.width for camera in self._resting.values())
+
     def rays(self) -> dict[str, Tensor]:
         """Camera name -> X/Z and Y/Z in camera axes for each pixel of the finished pictures, float32 [h, w, 2]."""
         return {

@@ -27,6 +27,9 @@ from gsrl_core.sim.tasks import configured_task, told_instruction
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
+_PIXELS_AT_ONCE = 1 << 27
+"""436 pictures of 640 x 480. With depth, alpha and body ids they take 1.7 GB before they are reduced."""
+
 
 def make_env(
     sim: SimConfig,
@@ -223,8 +226,11 @@ class GsVecEnv:
     # ------------------------------------------------------------------ inside
     def _draw(self, envs: Tensor) -> None:
         """Renew the pictures of the environments ``envs`` (int64 [b])."""
-        for name, frames in self._render(envs, extras=False).items():
-            self._pictures[name][envs.to(self.device)] = frames.rgb
+        # Pictures that are drawn enlarged and reduced one group after another need no room for all at once.
+        together = max(1, _PIXELS_AT_ONCE // self._rig.drawn_pixels())
+        for part in envs.split(together):
+            for name, frames in self._render(part, extras=False).items():
+                self._pictures[name][part.to(self.device)] = frames.rgb
 
     def _render(self, envs: Tensor, *, extras: bool, rasterizer: Rasterizer | None = None) -> dict[str, Frames]:
         """Finished pictures of the environments ``envs`` (int64 [b], on the CPU) as they are now."""

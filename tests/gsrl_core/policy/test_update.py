@@ -34,7 +34,7 @@ def make_rollout(policy):
     """Every chunk of other pictures, states (and prompts) and noise."""
     generator = torch.Generator().manual_seed(3)
     samples = [policy.act(make_observation(EPISODES, chunk), generator, explore=True) for chunk in range(CHUNKS)]
-    log_prob, value = (torch.stack([getattr(s, name) for s in samples]) for name in ("log_prob", "value"))
+    log_prob, value = (torch.stack([getattr(s, name) for s in samples]).cpu() for name in ("log_prob", "value"))
     flags = torch.zeros(CHUNKS, EPISODES, dtype=torch.bool)
     reward = torch.rand(CHUNKS, EPISODES, generator=generator)
     chain = tuple(s.chain for s in samples)

@@ -51,3 +51,26 @@ def test_a_supersampled_environment_shows_the_mean_of_the_large_picture():
     direct = sim_config(num_envs=1, cameras=(CameraConfig(),), render_downscale=8)
     with make_env(direct, scene, NumbaRasterizer()) as env:
         assert not torch.equal(env.reset([5]).rgb["3rd_view_camera"], expected), "the small picture is another one"
+
+
+def test_pictures_drawn_in_groups_are_the_same_bits(monkeypatch):
+    def pictures():
+        sim = sim_config(num_envs=3, cameras=(CameraConfig(),), render_downscale=8, render_supersample=2)
+        with make_env(sim, bench_scene(), rasterizer := Counting()) as env:
+            return env.reset([1, 2, 3]).rgb[env._rig.first], rasterizer.batches
+
+    class Counting(NumbaRasterizer):
+        def __init__(self):
+            super().__init__()
+            self.batches = []
+
+        def render(self, scene, body_to_world, cameras, *, extras=False):
+            self.batches.append(len(body_to_world))
+            return super().render(scene, body_to_world, cameras, extras=extras)
+
+    whole, batches = pictures()
+    assert batches == [3]
+    monkeypatch.setattr("gsrl_core.sim.gs_env._PIXELS_AT_ONCE", 2 * 160 * 120)
+    grouped, batches = pictures()
+    assert batches == [2, 1]
+    assert torch.equal(whole, grouped)
