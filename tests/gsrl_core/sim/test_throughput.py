@@ -20,8 +20,8 @@ class Watched(Pool):
 
 def test_groups_do_not_wait_for_each_other(quick):
     quick_group, slow_group = Watched(quick, 1, 5, 1), Watched(quick, 1, 5, 1)
-    slow_group.delay = 0.2
-    rates = dict(motions([quick_group, slow_group], PUT, 5, 10, 1.0))
+    slow_group.delay = 0.05
+    rates = dict(motions([quick_group, slow_group], PUT, 5, 10, 0.5))
     assert set(rates) == {"random", "expert"} and min(rates.values()) > 0
     assert quick_group.chunks > 2 * slow_group.chunks > 0
     quick_group.close()
