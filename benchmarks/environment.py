@@ -30,7 +30,7 @@ from gsrl_core.interfaces import ActionSample, Observation
 from gsrl_core.rl.rollout import collect
 from gsrl_core.sections import SimConfig
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
-from gsrl_core.sim.throughput import RANDOM_MOVE, RANDOM_TURN
+from gsrl_core.sim.throughput import RANDOM_LIMITS
 from gsrl_core.splat.raster import make_rasterizer
 
 CHUNK = 5
@@ -40,7 +40,7 @@ class RandomPolicy:
     """Uniform actions, no memory of them."""
 
     def __init__(self) -> None:
-        self._limits = torch.tensor([RANDOM_MOVE] * 3 + [RANDOM_TURN] * 3 + [1.0])
+        self._limits = torch.tensor(RANDOM_LIMITS)
 
     def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> ActionSample:
         """Chunks [B, 5, 7] in control units."""

@@ -32,7 +32,7 @@ from gsrl_core.interfaces import Frames, Rasterizer
 from gsrl_core.sections import CameraConfig, SimConfig
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
 from gsrl_core.sim.tasks import load_task
-from gsrl_core.sim.throughput import RANDOM_MOVE, RANDOM_TURN
+from gsrl_core.sim.throughput import RANDOM_LIMITS
 from gsrl_core.splat.raster import make_rasterizer
 from gsrl_core.splat.scene import Scene
 
@@ -213,7 +213,7 @@ def play(env: GsVecEnv, record: Record, watchdog: Watchdog, generator: torch.Gen
     env.reset(range(record.next_seed, record.next_seed + env.num_envs))
     record.next_seed += env.num_envs
     record.episodes += env.num_envs
-    high = torch.tensor([RANDOM_MOVE] * 3 + [RANDOM_TURN] * 3 + [1.0])
+    high = torch.tensor(RANDOM_LIMITS)
     while True:
         watchdog.beat = time.monotonic()
         step = env.step_chunk(high * (2 * torch.rand(env.num_envs, 5, 7, generator=generator) - 1))

@@ -83,13 +83,13 @@ def render(config: PipelineConfig) -> dict[str, Any]:
     from gsrl_core.splat.raster import make_rasterizer
 
     device, count = default_device(), config.sim.num_envs
-    scene = synthetic_scene(_task(config)).to(device)
+    scene = synthetic_scene(configured_task(config.sim)).to(device)
     rasterizer = make_rasterizer(config.sim.rasterizer, device)
     poses = scene.rest_to_world.repeat(count, 1, 1, 1)
     poses[..., 2, 3] += 0.05 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)).to(device)
     rig = CameraRig(config.sim.cameras, config.sim.render_downscale, config.sim.render_supersample)
     still = torch.eye(4).expand(count, 4, 4)
-    cameras = {name: camera.to(device) for name, camera in rig.cameras(poses.cpu(), still).items()}
+    cameras = rig.cameras(poses.cpu(), still)
 
     def draw() -> None:
         for name, frames in rasterizer.render(scene, poses, cameras).items():
@@ -120,7 +120,7 @@ def physics(config: PipelineConfig) -> dict[str, Any]:
     figures |= {name: getattr(sim, name) for name in ("sim_hz", "control_hz", "solver_iterations")}
     with ExitStack() as simulations:
         groups = [simulations.enter_context(closing(make_physics(sim, each))) for _ in range(stages)]
-        for name, rate in motions(groups, _task(config), chunk, sim.max_episode_steps, _SECONDS):
+        for name, rate in motions(groups, configured_task(config.sim), chunk, sim.max_episode_steps, _SECONDS):
             figures[f"env_steps_per_s_{name}"] = rate
     return figures
 
@@ -135,7 +135,8 @@ def policy(config: PipelineConfig) -> dict[str, Any]:
         c.name: torch.zeros(count, c.height // scale, c.width // scale, 3, dtype=torch.uint8, device=device)
         for c in config.sim.cameras
     }
-    observation = Observation(rgb, torch.zeros(count, 9, device=device), (_task(config).instruction,) * count)
+    words = (configured_task(config.sim).instruction,) * count
+    observation = Observation(rgb, torch.zeros(count, 9, device=device), words)
     generator = torch.Generator(device).manual_seed(0)
     seconds = _seconds_per_call(lambda: agent.act(observation, generator, explore=True))
     return {"batch": count, "ms_per_batch": 1000 * seconds, "chunks_per_s": count / seconds}
@@ -148,7 +149,7 @@ def iteration(config: PipelineConfig) -> dict[str, Any]:
     ppo = config.ppo.model_copy(update={"iterations": 2})
     two = config.model_copy(update={"ppo": ppo})
     with _inputs(config) as (checkpoint, folder):
-        save_scene(folder / "scene", synthetic_scene(_task(config)))
+        save_scene(folder / "scene", synthetic_scene(configured_task(config.sim)))
         finetune(checkpoint, folder / "scene", folder / "out", folder / "work", two, NullReporter())
         history = json.loads((folder / "out" / "training.json").read_text())["history"]
     times = {key: value for key, value in history[-1].items() if key.startswith("time/")}
@@ -158,10 +159,6 @@ def iteration(config: PipelineConfig) -> dict[str, Any]:
 def synthetic_scene(task: Task, seed: int = 0) -> Scene:
     """A bench of random Gaussians under the robot and the task's objects."""
     return Scene.from_parts(_random_bench(_STATIC_GAUSSIANS, 0, seed), robot_bodies() | object_bodies(task))
-
-
-def _task(config: PipelineConfig) -> Task:
-    return configured_task(config.sim)
 
 
 def _random_bench(count: int, sh_degree: int, seed: int = 0) -> Gaussians:

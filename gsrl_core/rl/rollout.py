@@ -201,7 +201,6 @@ class _Lane:
     def __init__(self, stages: Sequence[_Stage], threads: ThreadPoolExecutor, max_chunks: int) -> None:
         self._threads, self._max_chunks = threads, max_chunks
         self._waiting = list(stages)
-        self._chunks = 0
         self._next()
 
     def advance(self) -> bool:

@@ -25,7 +25,7 @@ from gsrl_core.sections import SimConfig
 from gsrl_core.sim import fr3
 from gsrl_core.sim.gs_env import GsVecEnv, make_env
 from gsrl_core.sim.task import CONTROL_HZ, body_names
-from gsrl_core.sim.tasks import DEFAULT, load_task
+from gsrl_core.sim.tasks import DEFAULT, configured_task
 from gsrl_core.splat.gaussians import Gaussians
 from gsrl_core.splat.scene import Scene, load_scene
 
@@ -245,7 +245,7 @@ def _pictures(
 ) -> tuple[Scene, Rasterizer, Rasterizer | None]:
     """What is drawn, what draws it, and what draws the same bodies a second time for ``env+gs``."""
     if interface == "env":
-        names = body_names(load_task(sim.task, sim.task_options))
+        names = body_names(configured_task(sim))
         nothing = Scene.from_parts(Gaussians.empty(), {name: (Gaussians.empty(), torch.eye(4)) for name in names})
         return nothing.to(_device(options)), _sapien(sim, names), None
     scene, rasterizer = _scene_and_rasterizer(options, sim)
@@ -256,7 +256,7 @@ def _sapien(sim: SimConfig, names: Sequence[str]) -> Rasterizer:
     from gsrl_core.sim.looks import body_meshes
     from gsrl_core.sim.raster_sapien import SapienRasterizer  # trimesh, Vulkan
 
-    meshes = body_meshes(load_task(sim.task, sim.task_options))
+    meshes = body_meshes(configured_task(sim))
     return SapienRasterizer({name: mesh for name, mesh in meshes.items() if name in names})
 
 

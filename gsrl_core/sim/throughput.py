@@ -14,8 +14,8 @@ from gsrl_core.sim.pool import Physics
 from gsrl_core.sim.privileged import privileged
 from gsrl_core.sim.task import EpisodeSpec, Task
 
-RANDOM_MOVE, RANDOM_TURN = 0.04, 0.04
-"""Half ranges of a random action's translation (m) and rotation (rad); the gripper takes its whole range."""
+RANDOM_LIMITS = (0.04,) * 3 + (0.04,) * 3 + (1.0,)
+"""Half ranges of a random action: translation (m), rotation (rad), and the gripper's whole range."""
 _EXPERT_STEPS = 50
 
 
@@ -46,8 +46,7 @@ def motions(
 
 def random_actions(num_envs: int, steps: int, seed: int = 0) -> np.ndarray:
     """Independent uniform actions of ``pd_ee_target_delta_pose``, float32 [B, T, 7]."""
-    high = np.array([RANDOM_MOVE] * 3 + [RANDOM_TURN] * 3 + [1.0])
-    return (high * np.random.default_rng(seed).uniform(-1, 1, (num_envs, steps, 7))).astype(np.float32)
+    return (RANDOM_LIMITS * np.random.default_rng(seed).uniform(-1, 1, (num_envs, steps, 7))).astype(np.float32)
 
 
 def expert_actions(physics: Physics, task: Task, specs: Sequence[EpisodeSpec], chunk: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 from sim_helpers import PUT
 
 from gsrl_core.sim.pool import Pool
-from gsrl_core.sim.throughput import RANDOM_MOVE, RANDOM_TURN, motions, random_actions
+from gsrl_core.sim.throughput import RANDOM_LIMITS, motions, random_actions
 
 
 class Watched(Pool):
@@ -31,6 +31,6 @@ def test_groups_do_not_wait_for_each_other(quick):
 def test_random_actions_fill_their_ranges():
     actions = random_actions(4, 100)
     assert actions.shape == (4, 100, 7) and actions.dtype == np.float32
-    high = np.array([RANDOM_MOVE] * 3 + [RANDOM_TURN] * 3 + [1.0])
+    high = np.array(RANDOM_LIMITS)
     assert (np.abs(actions).max(axis=(0, 1)) <= high + 1e-6).all()
     assert (np.abs(actions).max(axis=(0, 1)) > 0.9 * high).all()
