@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import commands
+from flows import commands, datasets
 from gsrl_core.errors import ArtifactError, ConfigError, GateError, GsrlError
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def up(
 
 for command in commands.COMMANDS:
     app.command()(command)
+app.add_typer(datasets.app, name="dataset")
 
 
 def main() -> None:

@@ -122,6 +122,26 @@ def sft(
     typer.echo(json.dumps(facts))
 
 
+def norm_stats(
+    demos: Annotated[Path, typer.Option(help="Folder of demonstrations, or of a LeRobot v3 dataset.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+) -> None:
+    """Compute mean, deviation, 1 % and 99 % quantiles of states and actions: openpi's norm_stats.json.
+
+    `sft` computes the same for a random start; with --init it uses those in the
+    checkpoint, where they are assets/ID/norm_stats.json.
+
+      real2sim2real norm-stats --demos my_demos --out norm_stats.json
+    """
+    from gsrl_core.norm_stats import write_norm_stats
+
+    typer.echo("".join(f"{title:>10}" for title in ("", "mean", "std", "q01", "q99")))
+    for field, stats in write_norm_stats(demos, out).items():
+        for index, row in enumerate(zip(stats.mean, stats.std, stats.q01, stats.q99, strict=True)):
+            typer.echo(f"{f'{field}[{index}]':>10}" + "".join(f"{value.item():>10.4f}" for value in row))
+    typer.echo(str(out))
+
+
 def verify(
     bundle: Bundle,
     robot: Annotated[bool, typer.Option(help="Drive an episode through franky against the FR3 emulator.")] = True,
@@ -267,4 +287,4 @@ def bench(
         typer.echo(json.dumps(result))
 
 
-COMMANDS = (scene, assemble, demos, sft, verify, serve, deploy, view, doctor, bench)
+COMMANDS = (scene, assemble, demos, sft, norm_stats, verify, serve, deploy, view, doctor, bench)

@@ -1,8 +1,7 @@
-"""Scripted demonstrations in the splat-rendered environment, and their export to LeRobot."""
+"""Scripted demonstrations in the splat-rendered environment."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from gsrl_core.artifacts import digest_folder, write_json
 from gsrl_core.embodiment import default_device
-from gsrl_core.errors import SimulationError, TrainingError
+from gsrl_core.errors import SimulationError
 from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
-from gsrl_core.policy.demonstrations import Episode, load_demonstrations, shard_folder, write_shard
+from gsrl_core.policy.demonstrations import Episode, claim_folder, load_demonstrations, shard_folder, write_shard
 from gsrl_core.sections import PipelineConfig
 
 
@@ -65,7 +64,7 @@ def record_demos(
     """
     out.mkdir(parents=True, exist_ok=True)
     demos = config.demos
-    _claim(out, config, scene)
+    claim_folder(out, _settings(config, scene))
     first_seeds = range(demos.seed, demos.seed + demos.episodes, env.num_envs)
     start = time.perf_counter()
     for done, first in enumerate(first_seeds):
@@ -135,55 +134,9 @@ def play(
     return [_episode(rows, env_index, seed) for env_index, seed in enumerate(seeds) if success[env_index]]
 
 
-def export_lerobot(folder: Path, out: Path, *, repo_id: str = "local/put-cube-on-plate") -> int:
-    """Write demonstrations as a LeRobot v3 dataset (observation.image, observation.state, actions, task).
-
-    Further cameras become ``observation.image.<camera>``. Returns the number of episodes.
-
-    Raises:
-        TrainingError: no demonstrations, or ``out`` exists.
-    """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    if out.exists():
-        raise TrainingError(f"{out} exists; a dataset is written to a new folder")
-    demonstrations = load_demonstrations(folder)
-    names = {
-        camera: "observation.image" if index == 0 else f"observation.image.{camera}"
-        for index, camera in enumerate(demonstrations.rgb)
-    }
-    features: dict[str, dict[str, Any]] = {
-        name: {
-            "dtype": "image",
-            "shape": demonstrations.rgb[camera][0].shape[1:],
-            "names": ["height", "width", "channels"],
-        }
-        for camera, name in names.items()
-    }
-    for name, values in (("observation.state", demonstrations.state), ("actions", demonstrations.action)):
-        features[name] = {"dtype": "float32", "shape": (values.shape[1],), "names": None}
-    rate = _recorded_rate(folder)
-    dataset = LeRobotDataset.create(repo_id, rate, features, root=out, robot_type="fr3", use_videos=False)
-    for rows in demonstrations.episodes():
-        pictures = {name: demonstrations.frames(camera, rows) for camera, name in names.items()}
-        task = demonstrations.instructions[int(demonstrations.seed[rows.start])]
-        for index in range(rows.stop - rows.start):
-            dataset.add_frame(
-                {name: frames[index] for name, frames in pictures.items()}
-                | {
-                    "observation.state": demonstrations.state[rows.start + index].numpy(),
-                    "actions": demonstrations.action[rows.start + index].numpy(),
-                    "task": task,
-                }
-            )
-        dataset.save_episode()
-    dataset.finalize()
-    return len(demonstrations.episodes())
-
-
-def _claim(out: Path, config: PipelineConfig, scene: str) -> None:
-    """Refuse to mix shards of different scenes or settings."""
-    settings = {
+def _settings(config: PipelineConfig, scene: str) -> dict[str, Any]:
+    """What decides the content of the shards."""
+    return {
         "scene": scene,
         "seed": config.demos.seed,
         "episodes": config.demos.episodes,
@@ -191,14 +144,6 @@ def _claim(out: Path, config: PipelineConfig, scene: str) -> None:
         "num_envs": config.sim.num_envs,
         "sim": config.sim.model_dump(mode="json", exclude={"workers", "rasterizer"}),
     }
-    path = out / "settings.json"
-    if path.is_file():
-        if json.loads(path.read_text()) != settings:
-            raise TrainingError(
-                f"{out} holds demonstrations of another scene or other settings; choose another folder or delete it"
-            )
-    else:
-        write_json(path, settings)
 
 
 def _disturbance(seed: int, steps: int) -> Tensor:
@@ -223,10 +168,3 @@ def _episode(rows: list[tuple[Observation, Tensor, Tensor]], env_index: int, see
         state=np.stack([observation.state[env_index].numpy() for observation, _ in own]),
         action=np.stack([action[env_index].numpy() for _, action in own]),
     )
-
-
-def _recorded_rate(folder: Path) -> int:
-    path = folder / "demos.json"
-    if not path.is_file():
-        raise TrainingError(f"{folder} is unfinished (no demos.json); run the same demos command again")
-    return round(json.loads(path.read_text())["control_hz"])

@@ -1,6 +1,7 @@
 """Demonstrations on disk: shards of memory-mapped arrays, one row a control step.
 
 <folder>/demos.json                 cameras, control rate, counts
+<folder>/settings.json              what the shards were made from
 <folder>/shard-<first seed>/        rgb.<camera>.npy uint8 [n, h, w, 3]   state.npy float32 [n, S]
                                     action.npy float32 [n, A]             seed.npy int64 [n]
                                     instructions.json  episode seed -> sentence
@@ -15,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gsrl_core.artifacts import write_json
 from gsrl_core.errors import TrainingError
 
 HELD_OUT_EVERY = 20
@@ -72,6 +75,26 @@ class Demonstrations:
                 pieces.append(shard[low:high])
             first += len(shard)
         return np.concatenate(pieces)
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say in a new ``folder`` what its shards are made from, so that shards of different origin do not mix.
+
+    Args:
+        folder: of demonstrations; exists.
+        settings: plain JSON that decides the content of the shards.
+
+    Raises:
+        TrainingError: it was claimed with other settings.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+    elif json.loads(path.read_text()) != settings:
+        raise TrainingError(
+            f"{folder} holds demonstrations of another scene, another dataset or other settings; choose another folder "
+            "or delete it"
+        )
 
 
 def shard_folder(folder: Path, first_seed: int) -> Path:

@@ -28,11 +28,9 @@ class FieldStats:
 
     @classmethod
     def of(cls, data: Tensor) -> FieldStats:
-        """Over the rows of [n, D]."""
-        wide = data.double()
-        q01, q99 = (_quantile(wide, q) for q in (0.01, 0.99))
-        std = wide.std(dim=0, correction=0)
-        return cls(wide.mean(dim=0).float(), std.float(), q01.float(), q99.float())
+        """Over the rows of [n, D]; exact for any n, in the memory of a few columns."""
+        columns = [_column_stats(data[:, index].double()) for index in range(data.shape[1])]
+        return cls(*torch.tensor(columns, dtype=torch.float64).T.float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,19 @@ def _field(values: Any, source: str) -> FieldStats:
     return FieldStats(*rows[:, :used])
 
 
-def _quantile(data: Tensor, q: float) -> Tensor:
+def _column_stats(column: Tensor) -> tuple[float, float, float, float]:
+    """Mean, standard deviation (of the population), 1 % and 99 % quantiles of float64 [n]."""
     # torch.quantile refuses more than 2^24 entries.
-    order = data.sort(dim=0).values
-    place = q * (data.shape[0] - 1)
+    order = column.sort().values
+    return column.mean().item(), column.std(correction=0).item(), _quantile(order, 0.01), _quantile(order, 0.99)
+
+
+def _quantile(order: Tensor, q: float) -> float:
+    """Linear interpolation between the neighbours in a sorted column."""
+    place = q * (len(order) - 1)
     low = int(place)
-    high = min(low + 1, data.shape[0] - 1)
-    return torch.lerp(order[low], order[high], place - low)
+    high = min(low + 1, len(order) - 1)
+    return torch.lerp(order[low], order[high], place - low).item()
 
 
 def resize_with_pad(images: Tensor, size: int) -> Tensor:

@@ -43,7 +43,7 @@ def cli(home):
 
 COMMANDS = (
     "run", "scene", "assemble", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view",
-    "up", "doctor", "bench",
+    "up", "doctor", "bench", "norm-stats", "dataset",
 )  # fmt: skip
 
 
@@ -69,9 +69,9 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "dataset export", "dataset import"])
 def test_every_command_teaches_by_example(cli, command):
-    done = cli(command, "--help")
+    done = cli(*command.split(), "--help")
     assert done.returncode == 0
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert any(line.startswith(f"real2sim2real {command}") for line in lines)  # "Usage: ..." does not
@@ -158,6 +158,15 @@ CASES = {
         lambda folder, out: ["run", "--set", "policy.checkpoint=RLinf/nothing-there"],
         "cannot fetch RLinf/nothing-there",
     ),
+    "no dataset": (
+        lambda folder, out: ["dataset", "import", "--from", folder, "--out", out],
+        "is not a LeRobot dataset: it has no meta/info.json",
+    ),
+    "no demonstrations": (
+        lambda folder, out: ["dataset", "export", "--demos", folder, "--out", out],
+        "no demonstrations in",
+    ),
+    "no statistics": (lambda folder, out: ["norm-stats", "--demos", folder, "--out", out], "no demonstrations in"),
     "no package": (lambda folder, out: ["verify", "--bundle", folder], "MANIFEST.sha256"),
     "no scene": (lambda folder, out: ["view", folder], "neither a scene folder"),
     "occupied output": (lambda folder, out: ["package", "--out", full(folder)], "not an empty folder"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gsrl_core.config import load
-from gsrl_core.demos import export_lerobot, play, record_demos
+from gsrl_core.demos import play, record_demos
 from gsrl_core.errors import SimulationError, TrainingError
 from gsrl_core.interfaces import NullReporter, Observation, Step
 from gsrl_core.policy.demonstrations import load_demonstrations
@@ -152,33 +152,3 @@ def test_another_scene_does_not_mix(tmp_path):
 def test_no_success_is_an_error(tmp_path):
     with pytest.raises(TrainingError, match="no episode"):
         record_demos(LineEnv(4), lambda state: torch.zeros(4, 7), tmp_path, config(), NullReporter())
-
-
-def test_lerobot_export(tmp_path):
-    pytest.importorskip("lerobot")
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    folder, out = tmp_path / "demos", tmp_path / "lerobot"
-    record_demos(LineEnv(4), expert, folder, config(**{"demos.episodes": 4}), NullReporter())
-    assert export_lerobot(folder, out) == 2
-    ours = load_demonstrations(folder)
-    dataset = LeRobotDataset("local/put-cube-on-plate", root=out)
-    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (2, len(ours), 10)
-    for row in (0, len(ours) - 1):
-        item = dataset[row]
-        torch.testing.assert_close(item["observation.state"], ours.state[row])
-        torch.testing.assert_close(item["actions"], ours.action[row])
-        assert item["task"] == "go to zero"
-        picture = (item["observation.image"] * 255).round().to(torch.uint8).permute(1, 2, 0)
-        np.testing.assert_array_equal(picture, ours.frames("camera", slice(row, row + 1))[0])
-    with pytest.raises(TrainingError, match="exists"):
-        export_lerobot(folder, out)
-
-
-def test_unfinished_folder_is_not_exported(tmp_path):
-    pytest.importorskip("lerobot")
-    folder = tmp_path / "demos"
-    record_demos(LineEnv(4), expert, folder, config(), NullReporter())
-    (folder / "demos.json").unlink()
-    with pytest.raises(TrainingError, match="unfinished"):
-        export_lerobot(folder, tmp_path / "out")

@@ -84,6 +84,14 @@ def test_field_stats_match_numpy():
     np.testing.assert_allclose(stats.std, array.std(axis=0), atol=1e-6)
 
 
+def test_field_stats_of_more_rows_than_torch_quantile_takes():
+    count = 2**24 + 1
+    column = torch.arange(count - 1, -1, -1, dtype=torch.float32)[:, None] / 2**24
+    stats = FieldStats.of(column)
+    assert [getattr(stats, name).item() for name in ("mean", "q01", "q99")] == pytest.approx([0.5, 0.01, 0.99])
+    assert stats.std.item() == pytest.approx(12**-0.5)
+
+
 def test_state_bins_are_numpy_digitize():
     state = torch.tensor([-5.0, -1.0, -0.999, 0.0, 0.0078124, 0.0078126, 0.9999, 1.0, 7.0])
     edges = np.linspace(-1, 1, 257)[:-1]
