@@ -57,7 +57,7 @@ def is_lerobot(folder: Path) -> bool:
 
 
 def export_lerobot(folder: Path, out: Path, reporter: Reporter) -> int:
-    """Write demonstrations as a LeRobot v3 dataset with pictures as PNG; nothing stays of an interrupted call.
+    """Write demonstrations as a LeRobot v3 dataset with pictures as PNG, whole or not at all.
 
     Features: ``observation.image`` (the first camera; further ones are ``observation.image.<camera>``) uint8
     [h, w, 3], ``observation.state`` float32 [S], ``actions`` float32 [7], and the sentence as ``task``.
@@ -203,7 +203,7 @@ class LeRobotFolder:
     def _episode(self, index: int, table: pa.Table) -> Episode:
         where = f"episode {index}"
         with _readable(self.root, where):
-            rows = table.filter(pc.equal(table["episode_index"], index))
+            rows = table.filter(pc.field("episode_index") == index)
             if rows["frame_index"].to_pylist() != list(range(self._lengths[index])):
                 raise TrainingError(f"{self.root}: {where} lacks rows, or they are out of order; fetch it again")
             state, action = (self._matrix(rows, key) for key in (self.state, self.action))
@@ -216,8 +216,9 @@ class LeRobotFolder:
         column = rows[key]
         (width,) = self.meta.features[key]["shape"]
         # A vector of one entry is stored as a number.
-        flat = pc.list_flatten(column) if isinstance(column.type, pa.ListType | pa.FixedSizeListType) else column
-        return flat.to_numpy().astype(np.float32).reshape(len(rows), width)
+        listed = isinstance(column.type, pa.ListType | pa.FixedSizeListType)
+        parts = [(chunk.flatten() if listed else chunk).to_numpy(zero_copy_only=False) for chunk in column.chunks]
+        return np.concatenate(parts).astype(np.float32).reshape(len(rows), width)
 
     def _check_vectors(self, state: np.ndarray, action: np.ndarray, where: str) -> None:
         for key, values in ((self.state, state), (self.action, action)):

@@ -255,6 +255,43 @@ def fewer_rows(root):
     pq.write_table(pq.read_table(path)[:-1], path)
 
 
+def renamed(**names):
+    def rename(info):
+        for old, new in names.items():
+            info["features"][new] = info["features"].pop(next(key for key in info["features"] if key.endswith(old)))
+
+    return with_info(rename)
+
+
+def test_keys_of_other_habits_are_found(recorded, tmp_path):
+    copy = shutil.copytree(recorded, tmp_path / "copy")
+    renamed(state="state", action="actions", front="observation.image", side="image", wrist="wrist_image")(copy)
+    dataset = LeRobotFolder.open(copy, ())
+    assert (dataset.state, dataset.action) == ("state", "actions")
+    # Two of them would be called image.
+    assert list(dataset.cameras) == ["image", "observation.image", "wrist_image"] == list(dataset.cameras.values())
+    dataset = LeRobotFolder.open(copy, ["observation.image"])
+    assert dataset.cameras == {"base_0_rgb": "observation.image"}
+
+
+def test_a_vector_of_one_entry(tmp_path):
+    features = {
+        "observation.image": {"dtype": "image", "shape": SIZE, "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float64", "shape": (1,), "names": None},
+        "action": {"dtype": "float32", "shape": (7,), "names": None},
+    }
+    dataset = LeRobotDataset.create("someone/narrow", 10, features, root=tmp_path / "dataset", use_videos=False)
+    for index in range(3):
+        state = {"observation.state": np.array([index / 4])}
+        dataset.add_frame(
+            {"observation.image": np.zeros(SIZE, np.uint8), **state, "action": np.zeros(7, np.float32), "task": "wait"}
+        )
+    dataset.save_episode()
+    dataset.finalize()
+    import_lerobot(tmp_path / "dataset", tmp_path / "demos", REPORTER)
+    assert load_demonstrations(tmp_path / "demos").state.tolist() == [[0.0], [0.25], [0.5]]
+
+
 def twice_as_many_cameras(info):
     features = info["features"]
     features |= {f"{key}.2": value for key, value in features.items() if "side" in key or "front" in key}
