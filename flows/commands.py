@@ -92,7 +92,7 @@ def demos(
 
 
 def sft(
-    demos: Annotated[Path, typer.Option(help="Folder that `demos` wrote.")],
+    demos: Annotated[Path, typer.Option(help="Folder that `demos` or `dataset import` wrote.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     init: Annotated[
         Path | None, typer.Option(help="Checkpoint to start from; none: a pi05_tiny of random weights.")
@@ -135,10 +135,11 @@ def norm_stats(
     """
     from gsrl_core.norm_stats import write_norm_stats
 
-    typer.echo("".join(f"{title:>10}" for title in ("", "mean", "std", "q01", "q99")))
-    for field, stats in write_norm_stats(demos, out).items():
+    fields = write_norm_stats(demos, out)
+    typer.echo(" " * 12 + "".join(f"{title:>10}" for title in ("mean", "std", "q01", "q99")))
+    for field, stats in fields.items():
         for index, row in enumerate(zip(stats.mean, stats.std, stats.q01, stats.q99, strict=True)):
-            typer.echo(f"{f'{field}[{index}]':>10}" + "".join(f"{value.item():>10.4f}" for value in row))
+            typer.echo(f"{f'{field}[{index}]':>12}" + "".join(f"{value.item():>10.4f}" for value in row))
     typer.echo(str(out))
 
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    no_args_is_help=True,
     help="""Demonstrations as LeRobot v3 datasets, and LeRobot v3 datasets as demonstrations.
 
     real2sim2real dataset export --demos my_demos --out my_dataset

@@ -68,7 +68,7 @@ def train_sft(
     """Train on the demonstrations in ``demos`` and write a checkpoint folder to ``out``.
 
     Args:
-        demos: folder written by :func:`gsrl_core.demos.collect_demos`.
+        demos: folder written by :func:`gsrl_core.demos.collect_demos` or `gsrl_core.lerobot_data.import_lerobot`.
         out: checkpoint folder (openpi layout).
         init: checkpoint to start from, with its statistics and tokenizer; None starts from random weights.
         model: name of the sizes for a random start; ``pi05_tiny`` and ``pi05_small`` share a tokenizer of their own.

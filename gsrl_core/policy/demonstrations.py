@@ -129,7 +129,7 @@ def load_demonstrations(folder: Path) -> Demonstrations:
     """
     shards = sorted(folder.glob("shard-*"))
     if not shards:
-        raise TrainingError(f"no demonstrations in {folder}; make them with `real2sim2real demos`")
+        raise TrainingError(f"no demonstrations in {folder}; make them with `real2sim2real demos` or `dataset import`")
     rgb: dict[str, list[np.ndarray]] = {}
     state, action, seed, instructions = [], [], [], {}
     for shard in shards:

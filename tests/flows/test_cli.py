@@ -162,10 +162,6 @@ CASES = {
         lambda folder, out: ["dataset", "import", "--from", folder, "--out", out],
         "is not a LeRobot dataset: it has no meta/info.json",
     ),
-    "no demonstrations": (
-        lambda folder, out: ["dataset", "export", "--demos", folder, "--out", out],
-        "no demonstrations in",
-    ),
     "no statistics": (lambda folder, out: ["norm-stats", "--demos", folder, "--out", out], "no demonstrations in"),
     "no package": (lambda folder, out: ["verify", "--bundle", folder], "MANIFEST.sha256"),
     "no scene": (lambda folder, out: ["view", folder], "neither a scene folder"),
