@@ -135,7 +135,7 @@ def norm_stats(
     """Compute mean, deviation, 1 % and 99 % quantiles of states and actions: openpi's norm_stats.json.
 
     `sft` computes the same for a random start; with --init it uses those in the
-    checkpoint, where they are assets/ID/norm_stats.json.
+    checkpoint, where they are assets/ID/norm_stats.json, unless sft.stats is demos.
 
       real2sim2real norm-stats --demos my_demos --out norm_stats.json
     """

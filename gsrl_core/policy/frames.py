@@ -87,11 +87,15 @@ class FrameSet:
         return {slot: to_network_range(self._rows(frames, index)) for slot, frames in self.images.items()}
 
     def _rows(self, frames: Tensor, index: Tensor) -> Tensor:
-        rows = frames[index.to(frames.device)]
-        if rows.device != self.device and self.device.type == "cuda":
-            # Only from pinned memory can the copy run while the device works.
-            rows = rows.pin_memory()
-        return rows.to(self.device, non_blocking=True)
+        return upload(frames[upload(index, frames.device)], self.device)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without making the host wait for what the device has to do before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From other memory the copy begins when the device comes to it, and until then the host stands still.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def picture_bytes(demonstrations: Demonstrations, config: Pi05Config) -> int:
@@ -133,7 +137,7 @@ def augment(images: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Te
     """Move (fixed cameras only) and recolour pictures float32 [B, 3, S, S] in [-1, 1] by :func:`draw_augmentation`."""
     changed = {}
     for slot, image in images.items():
-        draw = draws[slot].to(image.device, non_blocking=True)
+        draw = upload(draws[slot], image.device)
         moved = image if _on_wrist(slot) else _moved(image, draw[:, :4])
         changed[slot] = _recolored(moved, draw[:, -3:])
     return changed

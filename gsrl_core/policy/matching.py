@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.policy.flow import flow_matching_target, sample_training_time
-from gsrl_core.policy.frames import FrameSet, augment, draw_augmentation
+from gsrl_core.policy.frames import FrameSet, augment, draw_augmentation, upload
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.prompt import pack
 
@@ -45,19 +45,19 @@ class Batch:
 
 def matching_loss(network: Pi05, frames: FrameSet, batch: Batch) -> Tensor:
     """Mean squared error of the velocity over rows, horizon and padded width; float32 scalar."""
-    device = network.action_in_proj.weight.device
-    index = batch.index
-    target_pair = flow_matching_target(frames.chunks[index], batch.noise, batch.t)
-    x_t, target = (part.to(device, non_blocking=True) for part in target_pair)
+    device, index = network.action_in_proj.weight.device, batch.index
+    pair = flow_matching_target(frames.chunks[index], batch.noise, batch.t)
+    x_t, target = (upload(part, device) for part in pair)
     images = frames.pictures(index)
     if batch.changes:
         images = augment(images, batch.changes)
     masks = dict.fromkeys(images, torch.ones(len(index), dtype=torch.bool))
-    tokens = frames.tokens[index].to(device, non_blocking=True)
-    prompt = pack(images, masks, tokens, frames.token_mask[index], network.config.image_tokens)
+    prompt = pack(
+        images, masks, upload(frames.tokens[index], device), frames.token_mask[index], network.config.image_tokens
+    )
     # What the last layer makes of its keys and values reaches nobody here.
     prefix = network.run_prefix(prompt, features=False)
     if frames.state is not None:
-        prefix = network.with_state(prefix, frames.state[index].to(device, non_blocking=True))
-    velocity = network.velocity(prefix, x_t, batch.t.to(device, non_blocking=True))
+        prefix = network.with_state(prefix, upload(frames.state[index], device))
+    velocity = network.velocity(prefix, x_t, upload(batch.t, device))
     return (velocity - target).square().mean()

@@ -165,11 +165,7 @@ CASES = {
     "no statistics": (lambda folder, out: ["norm-stats", "--demos", folder, "--out", out], "no demonstrations in"),
     "two starts": (
         lambda folder, out: ["sft", "--demos", folder, "--out", out, "--init", folder, "--model", "pi05_small"],
-        "--init",
-    ),
-    "no such model": (
-        lambda folder, out: ["sft", "--demos", folder, "--out", out, "--model", "pi05"],
-        "'pi05_tiny', 'pi05_small'",
+        "given brings its own size; give one",
     ),
     "no package": (lambda folder, out: ["verify", "--bundle", folder], "MANIFEST.sha256"),
     "no scene": (lambda folder, out: ["view", folder], "neither a scene folder"),
