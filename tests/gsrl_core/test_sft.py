@@ -15,7 +15,7 @@ from gsrl_core.policy.checkpoint import load_policy, read_norm_stats, write_chec
 from gsrl_core.policy.demonstrations import Episode, write_shard
 from gsrl_core.policy.matching import Batch
 from gsrl_core.policy.pi05 import Pi05, initialise
-from gsrl_core.policy.sft_trainer import SftTrainer, learning_rate
+from gsrl_core.policy.sft_trainer import SftTrainer
 from gsrl_core.policy.transforms import FieldStats
 from gsrl_core.sections import SftConfig
 from gsrl_core.sft import train_sft
@@ -191,21 +191,6 @@ def test_further_training_keeps_statistics_and_continues(demos, tmp_path):
     assert again.values[100]["sft/loss"] < recorder.values[100]["sft/loss"]
     first, second = read_norm_stats(tmp_path / "first"), read_norm_stats(tmp_path / "second")
     assert all(torch.equal(a.q99, b.q99) for a, b in zip(first, second, strict=True))
-
-
-def test_learning_rate_schedule():
-    config = SftConfig(steps=110, warmup_steps=10, learning_rate=1.0)
-    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(10, config) == pytest.approx(1.0)
-    assert learning_rate(60, config) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(110, config) == pytest.approx(0.1)
-    rates = [learning_rate(step, config) for step in range(10, 111)]
-    assert rates == sorted(rates, reverse=True)
-    short = SftConfig(steps=20, decay_steps=110, warmup_steps=10, learning_rate=1.0)
-    assert [learning_rate(step, short) for step in (15, 60, 200)] == [
-        *(learning_rate(s, config) for s in (15, 60)),
-        0.1,
-    ]
 
 
 def test_model_card_tells_command_and_settings(demos, tmp_path):
