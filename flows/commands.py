@@ -94,19 +94,25 @@ def demos(
 def sft(
     demos: Annotated[Path, typer.Option(help="Folder that `demos` or `dataset import` wrote.")],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    init: Annotated[
-        Path | None, typer.Option(help="Checkpoint to start from; none: a pi05_tiny of random weights.")
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from; none: random weights.")] = None,
+    model: Annotated[
+        Literal["pi05_tiny", "pi05_small"] | None,
+        typer.Option(help="Size of a policy of random weights (without --init): 2 M (the default) or 30 M parameters."),
     ] = None,
     preset: Preset = "laptop",
     assignments: Assignments = None,
 ) -> None:
     """Train a policy on demonstrations by flow matching; an interrupted call goes on.
 
-    real2sim2real sft --demos my_demos --out my_sft --set sft.steps=5000
+    real2sim2real sft --demos my_demos --out my_sft --model pi05_small --set sft.steps=5000
     """
     from flows.console import ConsoleReporter, progress_shown
     from gsrl_core.config import load, parse_assignments
+    from gsrl_core.errors import ConfigError
 
+    if init and model:
+        raise ConfigError(f"--model {model} is for random weights, and --init {init} brings its own size; give one")
+    start = f"--init {init.name}" if init else f"--model {model or 'pi05_tiny'}"
     config = load(preset, parse_assignments(assignments or []))
     with progress_shown():
         import torch
@@ -114,10 +120,10 @@ def sft(
         from gsrl_core.sft import train_sft
 
         facts = train_sft(
-            demos, out, init, "pi05_tiny", config.sft,
+            demos, out, init, model or "pi05_tiny", config.sft,
             device="cuda" if torch.cuda.is_available() else "cpu",
             reporter=ConsoleReporter("sft"),
-            command=f"real2sim2real sft --preset {preset} --demos {demos.name} --out {out.name}",
+            command=f"real2sim2real sft --preset {preset} --demos {demos.name} --out {out.name} {start}",
         )  # fmt: skip
     typer.echo(json.dumps(facts))
 
@@ -129,7 +135,7 @@ def norm_stats(
     """Compute mean, deviation, 1 % and 99 % quantiles of states and actions: openpi's norm_stats.json.
 
     `sft` computes the same for a random start; with --init it uses those in the
-    checkpoint, where they are assets/ID/norm_stats.json.
+    checkpoint, where they are assets/ID/norm_stats.json, unless sft.stats is demos.
 
       real2sim2real norm-stats --demos my_demos --out norm_stats.json
     """

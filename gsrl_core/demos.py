@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gsrl_core.artifacts import digest_folder, write_json
 from gsrl_core.embodiment import default_device
-from gsrl_core.errors import SimulationError
+from gsrl_core.errors import ConfigError, SimulationError
 from gsrl_core.interfaces import Observation, Reporter, Step, VecEnv
 from gsrl_core.policy.demonstrations import Episode, claim_folder, load_demonstrations, shard_folder, write_shard
-from gsrl_core.sections import PipelineConfig
+from gsrl_core.sections import PipelineConfig, SimConfig
 
 
 class PrivilegedEnv(VecEnv, Protocol):
@@ -27,6 +27,8 @@ class PrivilegedEnv(VecEnv, Protocol):
         ...
 
 
+EXPERT_MODE = "pd_ee_target_delta_pose"
+"""The control mode whose actions the experts of all tasks give."""
 Expert = Callable[[dict[str, Tensor]], Tensor]
 """Privileged state -> clean actions float32 [B, A]."""
 
@@ -37,9 +39,11 @@ def collect_demos(scene: Path, out: Path, config: PipelineConfig, reporter: Repo
     Finished shards in ``out`` are kept, so an interrupted call continues. Returns and writes (demos.json) the facts.
 
     Raises:
+        ConfigError: ``sim.control_mode`` is not the expert's.
         SceneError, SimulationError: the environment cannot be built.
         TrainingError: ``out`` holds shards of another scene or other settings, or no episode succeeded.
     """
+    _require_control_mode(config.sim)
     from gsrl_core.sim.gs_env import make_env
     from gsrl_core.sim.tasks import configured_task
     from gsrl_core.splat.raster import make_rasterizer
@@ -132,6 +136,14 @@ def play(
         lost = [seed for seed, gone in zip(seeds, step.lost.tolist(), strict=True) if gone]
         raise SimulationError(f"the physics crashed in the episodes of seeds {lost}, again; the log has its last words")
     return [_episode(rows, env_index, seed) for env_index, seed in enumerate(seeds) if success[env_index]]
+
+
+def _require_control_mode(sim: SimConfig) -> None:
+    if sim.control_mode != EXPERT_MODE:
+        raise ConfigError(
+            f"sim.control_mode is {sim.control_mode!r}; the scripted expert speaks {EXPERT_MODE} only: record with "
+            "that, or import demonstrations of your own with `dataset import`"
+        )
 
 
 def _settings(config: PipelineConfig, scene: str) -> dict[str, Any]:

@@ -259,10 +259,21 @@ class SftConfig(Section):
 
     steps: int = Field(30_000, ge=1)
     batch_size: int = Field(64, ge=1)
+    """Samples per optimizer step."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Samples per forward/backward pass; none: the whole batch. Smaller ones need less memory for the same step."""
+    trainable: Literal["all", "expert"] = "all"
+    """expert leaves the vision-language model as it is, as PPO does: no gradients, moments or average of it, and the
+    weights of it are kept (and written) in ``precision``."""
+    stats: Literal["init", "demos"] = "init"
+    """Whose means and quantiles normalise states and actions: those of the checkpoint to start from, with which its
+    weights mean the same motions as before, or those of the demonstrations (of another robot, say). A random start
+    always takes the latter."""
     learning_rate: float = Field(2.5e-5, gt=0)
     warmup_steps: int = Field(1000, ge=0)
     decay_steps: int | None = Field(None, ge=1)
-    """Step at which the cosine of the learning rate ends; none: with the last step. A run may be shorter than it."""
+    """Step at which the cosine of the learning rate ends; none: with the last step. A run may be shorter than it; its
+    state then stays, so that the same command with more ``steps`` prolongs it."""
     weight_decay: float = Field(1e-10, ge=0)
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """The weights that are kept are this moving average of those that are trained."""
@@ -274,6 +285,12 @@ class SftConfig(Section):
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between saved states; a killed run loses at most these."""
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> SftConfig:
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch ({self.micro_batch})")
+        return self
 
 
 class PpoConfig(Section):

@@ -13,6 +13,7 @@ def model_card(
 ) -> str:
     """README.md of a checkpoint; ``digest`` is that of the demonstrations, ``command`` what was typed."""
     made = f"Made by:\n\n    {command}\n" if command else ""
+    name = "pi0" if sizes.family == "pi0" else "pi0.5"
     loss = facts["held_out_loss"]
     measured = "too few episodes to hold any out" if loss is None else f"held-out flow-matching loss {loss:.4f}"
     listed = "\n".join(f"- {name}: {value}" for name, value in settings.items())
@@ -22,9 +23,9 @@ pipeline_tag: robotics
 license: apache-2.0
 ---
 
-# pi0.5 for PutCubeOnPlate, {facts["parameters"] / 1e6:.1f} M parameters
+# {name} for PutCubeOnPlate, {facts["parameters"] / 1e6:.1f} M parameters
 
-Flow-matching policy (pi0.5 architecture, openpi key names) for a Franka FR3, trained by supervised fine-tuning on
+Flow-matching policy ({name} architecture, openpi key names) for a Franka FR3, trained by supervised fine-tuning on
 {facts["episodes"]} scripted demonstrations ({facts["frames"]} frames, sha256 {digest[:16]}) rendered from 3D Gaussians.
 
 {made}

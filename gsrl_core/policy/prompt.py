@@ -70,4 +70,5 @@ def pack(
     filled = int(token_mask.any(dim=0).sum())
     shown = [masks[slot][:, None].expand(-1, image_tokens) for slot in slots]
     valid = torch.cat([*shown, token_mask[:, :filled]], dim=1)
-    return Prompt(tuple(images[slot] for slot in slots), tokens[:, :filled], valid.to(tokens.device), bool(valid.all()))
+    placed = valid.to(tokens.device, non_blocking=True)
+    return Prompt(tuple(images[slot] for slot in slots), tokens[:, :filled], placed, bool(valid.all()))

@@ -163,6 +163,10 @@ CASES = {
         "is not a LeRobot dataset: it has no meta/info.json",
     ),
     "no statistics": (lambda folder, out: ["norm-stats", "--demos", folder, "--out", out], "no demonstrations in"),
+    "two starts": (
+        lambda folder, out: ["sft", "--demos", folder, "--out", out, "--init", folder, "--model", "pi05_small"],
+        "given brings its own size; give one",
+    ),
     "no package": (lambda folder, out: ["verify", "--bundle", folder], "MANIFEST.sha256"),
     "no scene": (lambda folder, out: ["view", folder], "neither a scene folder"),
     "occupied output": (lambda folder, out: ["package", "--out", full(folder)], "not an empty folder"),
@@ -183,6 +187,27 @@ def test_bad_input_is_one_clear_line_and_exit_1(cli, tmp_path, case):
     assert message in line
     assert "tmp/checkpoint-" not in line
     assert len(line) < 400
+
+
+def test_sft_trains_the_model_that_is_asked_for(monkeypatch, tmp_path):
+    from flows import commands
+    from gsrl_core import sft
+
+    asked = []
+
+    def train(demos, out, init, model, config, *, command, **_):
+        asked.append((init, model, command.split()[-2:]))
+        return {}
+
+    monkeypatch.setattr(sft, "train_sft", train)
+    commands.sft(tmp_path, tmp_path / "out")
+    commands.sft(tmp_path, tmp_path / "out", model="pi05_small")
+    commands.sft(tmp_path, tmp_path / "out", init=Path("base"))
+    assert asked == [
+        (None, "pi05_tiny", ["--model", "pi05_tiny"]),
+        (None, "pi05_small", ["--model", "pi05_small"]),
+        (Path("base"), "pi05_tiny", ["--init", "base"]),
+    ]
 
 
 def test_debug_anywhere_adds_the_traceback(cli):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gsrl_core.config import load
-from gsrl_core.demos import play, record_demos
-from gsrl_core.errors import SimulationError, TrainingError
+from gsrl_core.demos import collect_demos, play, record_demos
+from gsrl_core.errors import ConfigError, SimulationError, TrainingError
 from gsrl_core.interfaces import NullReporter, Observation, Step
 from gsrl_core.policy.demonstrations import load_demonstrations
 
@@ -152,3 +152,9 @@ def test_another_scene_does_not_mix(tmp_path):
 def test_no_success_is_an_error(tmp_path):
     with pytest.raises(TrainingError, match="no episode"):
         record_demos(LineEnv(4), lambda state: torch.zeros(4, 7), tmp_path, config(), NullReporter())
+
+
+def test_control_modes_that_the_expert_does_not_speak_are_refused_before_anything_else(tmp_path):
+    other = config(**{"sim.control_mode": "pd_joint_pos"})
+    with pytest.raises(ConfigError, match="'pd_joint_pos'; the scripted expert speaks pd_ee_target_delta_pose only"):
+        collect_demos(tmp_path / "no scene", tmp_path / "out", other, NullReporter())

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,16 @@ import gsrl_core.sft as sft_module
 from gsrl_core.errors import CheckpointError, TrainingError
 from gsrl_core.interfaces import NullReporter, Observation
 from gsrl_core.policy import config as sizes
-from gsrl_core.policy.checkpoint import load_policy, read_norm_stats
+from gsrl_core.policy import sft_trainer
+from gsrl_core.policy.checkpoint import load_policy, read_norm_stats, write_checkpoint
 from gsrl_core.policy.demonstrations import Episode, write_shard
+from gsrl_core.policy.matching import Batch
+from gsrl_core.policy.pi05 import Pi05, initialise
+from gsrl_core.policy.sft_trainer import SftTrainer
+from gsrl_core.policy.transforms import FieldStats
 from gsrl_core.sections import SftConfig
-from gsrl_core.sft import learning_rate, train_sft
+from gsrl_core.sft import train_sft
+from gsrl_core.states import load_state
 
 TINY = sizes.Pi05Config(
     image_size=16, patch_size=8, vision_width=16, vision_depth=1, vision_heads=2, vision_mlp=16,
@@ -76,14 +83,14 @@ def test_learns_to_act_on_what_it_sees(demos, tmp_path):
 
 def test_resumed_run_is_bit_identical(demos, tmp_path, monkeypatch):
     run(demos, tmp_path / "whole", 11)
-    original = sft_module._Trainer._train_step
+    original = SftTrainer._train_step
 
     def dying(self):
         if self.step == 9:
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(sft_module._Trainer, "_train_step", dying)
+    monkeypatch.setattr(SftTrainer, "_train_step", dying)
     with pytest.raises(KeyboardInterrupt):
         run(demos, tmp_path / "parts", 11)
     assert not (tmp_path / "parts").exists()
@@ -93,7 +100,7 @@ def test_resumed_run_is_bit_identical(demos, tmp_path, monkeypatch):
         steps.append(self.step)
         return original(self)
 
-    monkeypatch.setattr(sft_module._Trainer, "_train_step", counting)
+    monkeypatch.setattr(SftTrainer, "_train_step", counting)
     run(demos, tmp_path / "parts", 11)
     assert steps == [8, 9, 10]
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -186,21 +193,6 @@ def test_further_training_keeps_statistics_and_continues(demos, tmp_path):
     assert all(torch.equal(a.q99, b.q99) for a, b in zip(first, second, strict=True))
 
 
-def test_learning_rate_schedule():
-    config = SftConfig(steps=110, warmup_steps=10, learning_rate=1.0)
-    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(10, config) == pytest.approx(1.0)
-    assert learning_rate(60, config) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(110, config) == pytest.approx(0.1)
-    rates = [learning_rate(step, config) for step in range(10, 111)]
-    assert rates == sorted(rates, reverse=True)
-    short = SftConfig(steps=20, decay_steps=110, warmup_steps=10, learning_rate=1.0)
-    assert [learning_rate(step, short) for step in (15, 60, 200)] == [
-        *(learning_rate(s, config) for s in (15, 60)),
-        0.1,
-    ]
-
-
 def test_model_card_tells_command_and_settings(demos, tmp_path):
     config = SftConfig(steps=2, **SETTINGS)
     train_sft(
@@ -220,11 +212,203 @@ def test_large_model_needs_a_checkpoint(demos, tmp_path):
         train_sft(demos, tmp_path / "out", None, "pi06", config, device="cpu", reporter=NullReporter())
 
 
-def test_diverged_training_stops(demos, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft_module._Trainer, "_train_step", lambda self: torch.tensor(math.nan))
-    with pytest.raises(TrainingError, match="loss is not finite at step 2"):
-        run(demos, tmp_path / "out", 2)
+@pytest.fixture
+def nan_in_step_5(monkeypatch):
+    """The noise of the fifth step holds a NaN, whenever that step is run while ``on``."""
+    cause = SimpleNamespace(on=True)
+    original = Batch.draw
+
+    def draw(frames, index, generator, *, augmented):
+        batch = original(frames, index, generator, augmented=augmented)
+        if cause.on and generator.initial_seed() == 4:
+            batch.noise[0, 0, 0] = math.nan
+        return batch
+
+    monkeypatch.setattr(Batch, "draw", draw)
+    return cause
+
+
+@pytest.mark.parametrize("checkpoint_every", [2, 3])
+@pytest.mark.usefixtures("nan_in_step_5")
+def test_not_finite_numbers_stop_with_step_and_tensors_and_leave_a_good_state(demos, tmp_path, checkpoint_every):
+    with pytest.raises(TrainingError) as caught:
+        run(demos, tmp_path / "out", 12, checkpoint_every=checkpoint_every)
+    last_good = {2: 4, 3: 3}[checkpoint_every]
+    message = str(caught.value)
+    assert message.startswith("not finite in step 5: the loss; the gradients ")
+    assert "action_in_proj.weight" in message or "more" in message
+    assert f"the state of step {last_good} is kept in {tmp_path / 'out.work'}" in message
     assert not (tmp_path / "out").exists()
+    state = load_state(tmp_path / "out.work" / "state.pt", ())
+    assert state["step"] == last_good
+    tensors = [*state["weights"].values(), *state["average"].values()]
+    tensors += [tensor for own in state["optimizer"]["state"].values() for tensor in own.values()]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_a_good_state_resumes_after_the_cause_is_gone(demos, tmp_path, nan_in_step_5):
+    with pytest.raises(TrainingError, match="in step 5"):
+        run(demos, tmp_path / "out", 8)
+    nan_in_step_5.on = False
+    run(demos, tmp_path / "out", 8)
+    run(demos, tmp_path / "whole", 8)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("nan_in_step_5")
+def test_weights_stay_as_they_were_from_the_failed_step_on(demos, tmp_path):
+    trainer = make_trainer(demos, tmp_path, steps=9)
+    for trainer.step in range(4):
+        trainer._train_step()
+    before = {name: tensor.clone() for name, tensor in trainer.trained.items()}
+    for trainer.step in range(4, 8):
+        trainer._train_step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.trained.items())
+
+
+def test_a_state_that_is_not_finite_is_never_written(demos, tmp_path):
+    trainer = make_trainer(demos, tmp_path, steps=9)
+    trainer._train_step()
+    trainer._save()
+    trainer.step = 1
+    trainer.trained["action_out_proj.bias"].data[0] = math.inf
+    with pytest.raises(
+        TrainingError, match=r"not finite after step 1: weights action_out_proj.bias; the state of step 0"
+    ):
+        trainer._save()
+    state = load_state(trainer._state_path, ())
+    assert state["step"] == 0
+    assert state["weights"]["action_out_proj.bias"].isfinite().all()
+
+
+def make_trainer(demos, folder, init=None, device="cpu", **changes):
+    config = SftConfig(**({"steps": 2} | SETTINGS | changes))
+    demonstrations = sft_module.load_demonstrations(demos)
+    parts = sft_module._start(init, "pi05_tiny", config, demonstrations, device)
+    frames = sft_module._frames(parts, config, demonstrations, torch.device(device))
+    split = sft_module.split_rows(demonstrations)
+    return SftTrainer(parts.network, frames, split, config, folder / "work", NullReporter(), {})
+
+
+def test_micro_batches_give_the_gradients_of_the_batch(demos, tmp_path):
+    found = []
+    for micro_batch in (None, 4):
+        trainer = make_trainer(demos, tmp_path, micro_batch=micro_batch)
+        sizes_seen = []
+        hook = trainer.network.action_in_proj.register_forward_pre_hook(
+            lambda _, inputs, seen=sizes_seen: seen.append(len(inputs[0]))
+        )
+        loss = trainer._accumulate(3)
+        hook.remove()
+        found.append((loss, {name: p.grad for name, p in trainer.trained.items() if p.grad is not None}, sizes_seen))
+    (whole_loss, whole, one), (parts_loss, parts, four) = found
+    assert (one, four) == ([16], [4] * 4)
+    torch.testing.assert_close(parts_loss, whole_loss)
+    torch.testing.assert_close(parts, whole)
+    with pytest.raises(ValueError, match=r"batch_size \(16\) must be a multiple of micro_batch \(5\)"):
+        SftConfig(batch_size=16, micro_batch=5)
+
+
+@pytest.fixture
+def base(demos, tmp_path):
+    run(demos, tmp_path / "base", 2)
+    return tmp_path / "base"
+
+
+def test_the_expert_alone(demos, base, tmp_path):
+    trainer = make_trainer(demos, tmp_path, base, trainable="expert", precision="bfloat16")
+    trainer._train_step()
+    frozen = {n: p for n, p in trainer.network.named_parameters() if ".paligemma." in n}
+    assert set(trainer.average) == set(trainer.trained) == set(trainer.network.trainable_in_ppo())
+    assert frozen.keys().isdisjoint(trainer.trained)
+    assert all(p.grad is None for p in frozen.values())
+    assert len(trainer.optimizer.state) <= len(trainer.trained)
+    assert torch.bfloat16 in {p.dtype for p in frozen.values()}
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    run(demos, tmp_path / "out", 3, init=base, trainable="expert")
+    before, after = weights(base), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any(".paligemma." in name for name in changed)
+
+
+def test_the_expert_alone_needs_a_start(demos, tmp_path):
+    with pytest.raises(CheckpointError, match=r"sft\.trainable is expert.*give a checkpoint to start from"):
+        run(demos, tmp_path / "out", 1, trainable="expert")
+
+
+def test_expert_training_resumes_bit_identically(demos, base, tmp_path, monkeypatch):
+    changes = {"init": base, "trainable": "expert", "precision": "bfloat16", "decay_steps": 40}
+    run(demos, tmp_path / "whole", 5, **changes)
+    run(demos, tmp_path / "parts", 2, **changes)
+    run(demos, tmp_path / "parts", 5, **changes)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_run_with_a_fixed_schedule_can_be_prolonged_to_the_same_curve(demos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_trainer, "LOG_EVERY", 4)
+    whole, parts = Recorder(), Recorder()
+    changes = {"decay_steps": 40, "ema_decay": 0.9}
+    run(demos, tmp_path / "whole", 20, whole, **changes)
+    run(demos, tmp_path / "parts", 10, parts, **changes)
+    assert list(parts.values) == [4, 8, 10]
+    run(demos, tmp_path / "parts", 20, parts, checkpoint_every=7, gradient_checkpointing=True, **changes)
+    assert list(whole.values) == [4, 8, 12, 16, 20]
+    for step, values in whole.values.items():
+        assert parts.values[step]["sft/loss"] == values["sft/loss"]
+        assert parts.values[step]["sft/learning_rate"] == values["sft/learning_rate"]
+    assert parts.values[20]["sft/held_out_loss"] == whole.values[20]["sft/held_out_loss"]
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(TrainingError, match=r"the state of step 20, and sft\.steps is 10"):
+        run(demos, tmp_path / "parts", 10, **changes)
+
+
+def narrower(demos):
+    """The same demonstrations by a robot of 8 states and 8 actions."""
+    shard = demos / "shard-0000000000"
+    state, action = np.load(shard / "state.npy"), np.load(shard / "action.npy")
+    np.save(shard / "state.npy", state[:, :8])
+    np.save(shard / "action.npy", np.concatenate([action, action[:, :1]], axis=1))
+
+
+def test_demonstrations_of_another_robot(demos, base, tmp_path):
+    narrower(demos)
+    with pytest.raises(CheckpointError, match=r"are of 9/7 values .* have 8/8; set sft\.stats to demos"):
+        run(demos, tmp_path / "out", 1, init=base)
+    run(demos, tmp_path / "out", 1, init=base, stats="demos")
+    state, action = read_norm_stats(tmp_path / "out")
+    recorded = sft_module.load_demonstrations(demos)
+    torch.testing.assert_close(state.q99, FieldStats.of(recorded.state).q99)
+    torch.testing.assert_close(action.mean, FieldStats.of(recorded.action).mean)
+
+
+def test_pi0_learns_with_its_token_of_the_state(demos, tmp_path, monkeypatch):
+    sized = dataclasses.replace(TINY, family="pi0", discrete_state=False, normalization="mean_std", action_dim=9)
+    network = Pi05(sized)
+    initialise(network, 0)
+    recorded = sft_module.load_demonstrations(demos)
+    stats = FieldStats.of(recorded.state), FieldStats.of(recorded.action)
+    write_checkpoint(
+        tmp_path / "pi0", network=network, tokenizer=sft_module.TINY_TOKENIZER, state_stats=stats[0],
+        action_stats=stats[1], heads={}, carried={}, card="",
+    )  # fmt: skip
+    recorder = Recorder()
+    monkeypatch.setattr(sft_trainer, "LOG_EVERY", 20)
+    run(demos, tmp_path / "out", 80, recorder, init=tmp_path / "pi0")
+    assert recorder.values[80]["sft/loss"] < 0.85 * recorder.values[20]["sft/loss"]
+    before, after = weights(tmp_path / "pi0"), weights(tmp_path / "out")
+    assert not torch.equal(before["state_proj.weight"], after["state_proj.weight"])
+    assert "# pi0 for" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_memory_is_told(demos, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(demos, tmp_path / "out", 1)
+    assert "memory beside activations [GiB]: weights " in caplog.text
+    assert "pictures: cpu" in caplog.text
 
 
 def test_small_starts_from_random_weights_with_the_tiny_tokenizer(demos, tmp_path, monkeypatch):
@@ -237,17 +421,33 @@ def test_small_starts_from_random_weights_with_the_tiny_tokenizer(demos, tmp_pat
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sft_module.TINY_TOKENIZER.read_bytes()
 
 
-def test_training_step_leaves_nothing_on_the_host(demos, tmp_path):
-    # The meta device refuses to mix with host tensors, as CUDA does.
+def test_training_step_leaves_nothing_on_the_host(demos, tmp_path, monkeypatch):
+    # The meta device refuses to mix with host tensors, as CUDA does; it has no fused optimizer.
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
     config = SftConfig(steps=2, **SETTINGS)
     demonstrations = sft_module.load_demonstrations(demos)
     parts = sft_module._start(None, "pi05_tiny", config, demonstrations, "cpu")
-    normalizers = sft_module.Normalizer(parts.state_stats), sft_module.Normalizer(parts.action_stats)
-    frames = sft_module.FrameSet.build(demonstrations, TINY, parts.tokenizer, normalizers, "cpu")
+    frames = sft_module._frames(parts, config, demonstrations, torch.device("cpu"))
     images = {slot: image.to("meta") for slot, image in frames.images.items()}
-    frames = dataclasses.replace(frames, images=images)
+    frames = dataclasses.replace(frames, images=images, device=torch.device("meta"))
     split = sft_module.split_rows(demonstrations)
-    trainer = sft_module._Trainer(
-        parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter(), {}
-    )
+    trainer = SftTrainer(parts.network.to("meta"), frames, split, config, tmp_path / "work", NullReporter(), {})
     assert trainer._train_step().device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images_on", ["cuda", "cpu"])
+def test_the_host_does_not_wait_for_a_training_step(demos, tmp_path, images_on):
+    trainer = make_trainer(demos, tmp_path, device="cuda", micro_batch=8, precision="bfloat16")
+    images = {slot: image.to(images_on) for slot, image in trainer.frames.images.items()}
+    trainer.frames = dataclasses.replace(trainer.frames, images=images)
+    # The first step makes what later ones keep.
+    trainer._train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer._failure.step() == 0
