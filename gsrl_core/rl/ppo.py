@@ -137,6 +137,8 @@ class Learner:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.iteration = 0
         """Updates done so far."""
+        self._at = ""
+        """Where in training the learner is, for messages: counted from 1, as progress and metrics are."""
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One iteration: ``update_epochs`` passes over the rollouts of all processes. Returns metrics by name.
@@ -156,7 +158,8 @@ class Learner:
         first_epoch = shares[: len(shares) // self.settings.update_epochs]
         batch, mismatch = self._in_own_arithmetic(rollout, batch, [piece for share in first_epoch for piece in share])
         metrics |= mismatch
-        for minibatch, share in zip(minibatches, shares, strict=True):
+        for number, (minibatch, share) in enumerate(zip(minibatches, shares, strict=True)):
+            self._at = self._position(number, len(minibatches))
             minibatch_sums = self._accumulate_gradients(rollout, batch, share, len(minibatch), warming_up)
             sums += minibatch_sums
             seen += len(minibatch)
@@ -293,6 +296,14 @@ class Learner:
             "rollout/log_prob_mismatch_max": float(maxima.max()),
         }
 
+    def _position(self, number: int, minibatches: int) -> str:
+        """In words: minibatch ``number`` (from 0) of the iteration's ``minibatches``, one optimizer step each."""
+        an_epoch = minibatches // self.settings.update_epochs
+        return (
+            f"iteration {self.iteration + 1}, update epoch {number // an_epoch + 1} of {self.settings.update_epochs}, "
+            f"minibatch {number % an_epoch + 1} of {an_epoch} (optimizer step {number + 1} of the iteration)"
+        )
+
     def _minibatches(self, total: int) -> list[Tensor]:
         # Even pieces of at most global_batch: a small remainder would weigh its samples more than the others'.
         pieces = math.ceil(total / self.settings.global_batch)
@@ -333,16 +344,17 @@ class Learner:
             if len(index):
                 sums.append(torch.stack([term.detach().double().sum() for term in terms]))
                 broken.append(torch.stack([(~named[name].detach().isfinite()).any().float() for name in _CHECKED]))
-        total = self.collective.sum(torch.stack([part.cpu() for part in sums]).sum(0))
-        if not total.isfinite().all():
-            found = self.collective.sum(torch.stack([part.cpu() for part in broken]).sum(0)).tolist()
-            culprits = [name for name, count in zip(_CHECKED, found, strict=True) if count]
-            # A statistic that is not part of the loss may overflow alone.
-            culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
+        counted = torch.cat([torch.stack([part.cpu().double() for part in parts]).sum(0) for parts in (sums, broken)])
+        # One sum for both: what is not finite in one process stops all of them here. The flags decide, not the sums
+        # alone, because a limited log-ratio makes a finite loss of an infinite log-probability.
+        total, found = self.collective.sum(counted).split([len(_SUMS), len(_CHECKED)])
+        culprits = [name for name, count in zip(_CHECKED, found.tolist(), strict=True) if count]
+        # A statistic that is not part of the loss may overflow alone.
+        culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
+        if culprits:
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last "
-                "checkpoint with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the "
-                "iterations before"
+                f"{self._at}: non-finite numbers in {', '.join(culprits)}; resume from the last checkpoint with a "
+                "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
             )
         return total
 
@@ -390,7 +402,7 @@ class Learner:
                 if parameter.grad is not None and not whole(parameter.grad).isfinite().all()
             ]
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
+                f"{self._at}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
         nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)

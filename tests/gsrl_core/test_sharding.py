@@ -94,7 +94,7 @@ def own(tensor):
 def failures(group, policy_of):
     """Messages of a non-finite sample of the second process, and of a gradient of its that is not finite."""
     rollout, messages = rollout_of("toy", None, group.rank, 0), []
-    poisoned = replace(rollout, log_prob=rollout.log_prob.where(~rollout.valid, torch.nan)) if group.rank else rollout
+    poisoned = replace(rollout, log_prob=rollout.log_prob.where(~rollout.valid, torch.inf)) if group.rank else rollout
 
     def spoil(module, inputs, output):
         module.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -234,7 +234,8 @@ def test_a_process_holds_its_share_of_the_weights(two, kind):
 def test_all_processes_name_what_is_not_finite_in_one(two, sharded):
     for found in two:
         sample, gradient = found["failures"][sharded]
-        assert sample.startswith("iteration 0: non-finite numbers in loss, old_log_prob;")
+        assert sample.startswith("iteration 1, update epoch 1 of 2, minibatch 1 of ")
+        assert "non-finite numbers in old_log_prob;" in sample
         assert "non-finite gradients of critic.2.weight (1 tensors)" in gradient
 
 

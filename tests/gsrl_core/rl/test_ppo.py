@@ -368,7 +368,7 @@ def test_non_finite_numbers_name_the_tensor_and_leave_the_weights_alone():
     with torch.no_grad():
         policy.critic[2].bias.fill_(float("nan"))
     before = weights(policy).nan_to_num()
-    with pytest.raises(TrainingError, match=r"iteration 0: non-finite numbers in loss, value;"):
+    with pytest.raises(TrainingError, match=r"iteration 1, .*: non-finite numbers in loss, value;"):
         Learner(policy, SETTINGS, Alone()).update(rollout)
     assert torch.equal(weights(policy).nan_to_num(), before)
 
@@ -406,3 +406,82 @@ def test_non_finite_gradients_name_the_parameter():
     with pytest.raises(TrainingError, match=r"non-finite gradients of critic\.2\.weight \(1 tensors\)"):
         Learner(policy, SETTINGS, Alone()).update(rollout)
     assert torch.equal(weights(policy), before)
+
+
+def infinite(rollout, name, position, value=math.inf):
+    """The rollout with an infinite number at one sample."""
+    grid = getattr(rollout, name).clone()
+    grid.view(-1)[rollout.position[position]] = value
+    return replace(rollout, **{name: grid})
+
+
+def second_minibatch(rollout, settings):
+    """A sample that the first minibatch of the first epoch does not hold, and the second one does."""
+    pieces = Learner(GaussianPolicy(), settings, Alone())._minibatches(rollout.num_samples)
+    assert settings.update_epochs == 2 and len(pieces) >= 4
+    return int(pieces[1][0])
+
+
+LATER = replace(SETTINGS, update_epochs=2, global_batch=16, micro_batch=5, normalize_advantages=False)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("recompute", ["off", "auto"])
+def test_an_infinite_old_log_prob_stops_though_the_loss_is_finite(rollout, value, recompute):
+    settings = replace(LATER, recompute_log_prob=recompute)
+    poisoned = infinite(rollout, "log_prob", second_minibatch(rollout, LATER), value)
+    policy = GaussianPolicy()
+    before = weights(policy)
+    where = r"^iteration 1, update epoch 1 of 2, minibatch 2 of \d \(optimizer step 2 of the iteration\)"
+    with pytest.raises(TrainingError, match=where + ": non-finite numbers in old_log_prob;"):
+        Learner(policy, settings, Alone()).update(poisoned)
+    assert not torch.equal(weights(policy), before)  # the first minibatch was sound
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_new_log_prob_stops_before_the_step(rollout, value):
+    policy, calls = GaussianPolicy(), []
+    evaluate = policy.evaluate
+
+    def overflowing(chain):
+        now, log_prob = evaluate(chain), None
+        calls.append(0)
+        if len(calls) == 9:  # in the second iteration's second epoch, or so
+            log_prob = now.log_prob + value
+        return now if log_prob is None else replace(now, log_prob=log_prob)
+
+    settings = replace(LATER, recompute_log_prob="off", micro_batch=16)
+    learner = Learner(policy, settings, Alone())
+    per_update = 1 + len(learner._minibatches(rollout.num_samples))  # one pass tells how far rollout and learner are off
+    number = 8 - 1  # of the ninth call, after the first
+    assert per_update > number + 1
+    policy.evaluate = overflowing
+    with pytest.raises(TrainingError, match=rf"optimizer step {number + 1} of .* in log_prob;"):
+        learner.update(rollout)
+    assert all(p.isfinite().all() for p in policy.parameters())
+
+
+def test_an_infinite_value_or_return_stops(rollout):
+    place = second_minibatch(rollout, LATER)
+    with pytest.raises(TrainingError, match=r"iteration 1, .* in .*old_value"):
+        Learner(GaussianPolicy(), replace(LATER, recompute_log_prob="off"), Alone()).update(
+            infinite(rollout, "value", place)
+        )
+    with pytest.raises(TrainingError, match=r"minibatch 2 of .* in advantages, loss, returns;"):
+        Learner(GaussianPolicy(), replace(LATER, gae_lambda=0.0), Alone()).update(infinite(rollout, "reward", place))
+
+
+def test_all_processes_stop_at_the_same_minibatch():
+    shards = exact_shards()
+    shards[1] = infinite(shards[1], "log_prob", 3)
+    group, said = Threads(2), [None, None]
+
+    def work(rank):
+        with pytest.raises(TrainingError) as caught:
+            Learner(GaussianPolicy(), replace(LATER, recompute_log_prob="off"), group.member(rank)).update(shards[rank])
+        said[rank] = str(caught.value)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert said[0] == said[1] and "in old_log_prob;" in said[0]
