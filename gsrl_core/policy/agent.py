@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gsrl_core.errors import CheckpointError
-from gsrl_core.interfaces import ActionSample, Evaluation, Observation
+from gsrl_core.interfaces import ActionSample, Evaluation, Level, Observation
 from gsrl_core.policy import flow
 from gsrl_core.policy.config import IMAGE_SLOTS
 from gsrl_core.policy.fast import FastNetwork
@@ -175,6 +175,14 @@ class Pi05Policy:
         """Say how the chains of ``samples`` samples are kept until updates in passes of ``micro_batch``."""
         trained = sum(parameter.numel() for group in (self._actor, self._critic) for parameter in group.values())
         self.store = PrefixStore(where, samples, micro_batch, trained)
+
+    def set_levels(self, log_prob: Level, entropy: Level) -> None:
+        """Say what one number of later log-probabilities and entropies belongs to; both are ``chunk`` until then."""
+        self.sampling = replace(self.sampling, log_prob_level=log_prob, entropy_level=entropy)
+        # Anew, because captured graphs have the levels in them.
+        self._sampler = Sampler(
+            self.network, self.value_head, self.noise_head, self.sampling, self.action_dim, self._sampler.fast
+        )
 
     def prompt(self, observation: Observation) -> Prompt:
         """Pictures, prompt and state as the network takes them, without what nobody attends to.

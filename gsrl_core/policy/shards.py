@@ -33,7 +33,7 @@ class Evaluator(nn.Module):
         self._run = run
 
     def forward(self, chain: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Log-probability, entropy and value, each [B]."""
+        """Log-probability and entropy, each at its level, and value [B]."""
         return self._run(chain)
 
 

@@ -7,6 +7,13 @@ the same number of passes, because sharded weights are gathered in every pass by
 The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off
 by delta_mean / std in each of a chunk's entries, which for pi0.5 adds up to several hundredths, and the surrogate's
 ratio starts beside 1. Where that is so, the learner evaluates all samples first, and its numbers are the old ones.
+
+A sample is a chunk, with one advantage. Its ratio may be one number, or one for each executed action, or one for each
+entry of those (:data:`~gsrl_core.interfaces.Level`). The advantage is that of all its entries, and the actor's loss is
+the mean over them: at ratio 1 the gradient is the chunk's divided by their number. An episode that ends inside a chunk
+does not mask the rest of it, as the policy chose it all the same (RLinf masks whole chunks likewise). Estimates of the
+KL divergence are sums over a chunk's entries, so that ``target_kl`` has one meaning at all levels; its penalty is a mean
+over entries, as the surrogate that it is weighed against.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from gsrl_core.errors import TrainingError
-from gsrl_core.interfaces import Policy
+from gsrl_core.interfaces import Level, Policy
 from gsrl_core.rl import losses
 from gsrl_core.rl.returns import explained_variance, generalized_advantages
 from gsrl_core.rl.rollout import Rollout
@@ -51,6 +58,10 @@ class TrainablePolicy(Policy, Protocol):
         self, where: Literal["auto", "device", "host", "recompute"], samples: int, micro_batch: int
     ) -> None:
         """Say how what its chains hold of ``samples`` samples is kept until updates in passes of ``micro_batch``."""
+        ...
+
+    def set_levels(self, log_prob: Level, entropy: Level) -> None:
+        """Say what one number of later log-probabilities and entropies belongs to; both are ``chunk`` until then."""
         ...
 
 
@@ -102,6 +113,7 @@ class _Batch:
     """The N samples of this process, aligned with the rows of the rollout's chain."""
 
     log_prob: Tensor
+    """[N], or with one or two more dimensions at a finer level; the others are [N]."""
     value: Tensor
     advantages: Tensor
     returns: Tensor
@@ -289,7 +301,7 @@ class Learner:
         index = torch.cat([*passes, torch.zeros(0, dtype=torch.int64)])
         off = (evaluated.log_prob[index] - rolled_out.log_prob[index]).abs().double()
         largest = off.max() if len(off) else off.new_zeros(())
-        own = torch.stack([off.sum(), off.new_tensor(len(off)), largest])
+        own = torch.stack([off.sum(), off.new_tensor(off.numel()), largest])
         sums, counts, maxima = self.collective.gather(own).unbind(dim=1)
         return {
             "rollout/log_prob_mismatch_mean": float(sums.sum() / counts.sum()),
@@ -366,15 +378,16 @@ class Learner:
         advantages, old_value = batch.advantages[index].to(device), batch.value[index].to(device)
         returns, old_log_prob = batch.returns[index].to(device), batch.log_prob[index].to(device)
         ratio = losses.log_ratio(now.log_prob, old_log_prob)
+        spread = advantages.reshape(-1, *[1] * (ratio.ndim - 1)).expand_as(ratio)
         clip = {"clip_low": s.clip_low, "clip_high": s.clip_high}
-        surrogate = losses.policy_loss(ratio, advantages, **clip, dual_clip=s.dual_clip)
+        surrogate = _mean(losses.policy_loss(ratio, spread, **clip, dual_clip=s.dual_clip))
         critic = losses.value_loss(now.value, old_value, returns, value_clip=s.value_clip, huber_delta=s.huber_delta)
-        penalty = losses.kl_k3(ratio)
-        actor = surrogate - s.entropy_coef * now.entropy + s.kl_coef * penalty
+        divergence, entropy = losses.kl_k3(ratio), _mean(now.entropy)
+        actor = surrogate - s.entropy_coef * entropy + s.kl_coef * _mean(divergence)
         total = s.value_coef * critic if warming_up else s.value_coef * critic + actor
         terms = (
-            surrogate, critic, now.entropy, losses.kl_k1(ratio), penalty,
-            losses.policy_clipped(ratio, advantages, **clip),
+            surrogate, critic, entropy, _chunk(losses.kl_k1(ratio)), _chunk(divergence),
+            _mean(losses.policy_clipped(ratio, spread, **clip).to(ratio.dtype)),
             losses.value_clipped(now.value, old_value, value_clip=s.value_clip),
             total,
         )  # fmt: skip
@@ -418,6 +431,16 @@ class Learner:
                 parameter.grad = None
             return self.groups["critic"]
         return [*self.groups["actor"], *self.groups["critic"]]
+
+
+def _mean(entries: Tensor) -> Tensor:
+    """Of each sample's entries: [N, ...] -> [N]."""
+    return entries if entries.ndim == 1 else entries.flatten(1).mean(dim=1)
+
+
+def _chunk(entries: Tensor) -> Tensor:
+    """Sum of each sample's entries, [N, ...] -> [N]: a divergence of the whole chunk, whatever the level of the ratio."""
+    return entries if entries.ndim == 1 else entries.flatten(1).sum(dim=1)
 
 
 def _sum_gradients(parameters: list[nn.Parameter], collective: Collective) -> None:

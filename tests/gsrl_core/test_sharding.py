@@ -36,7 +36,8 @@ KINDS = {
     "toy": {},
     "warm-up": {"critic_warmup_iterations": 1},
     "flow_sde": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
-    "flow_noise": {"noise_method": "flow_noise", "precision": "float32", "where": "recompute", "checkpointing": True},
+    "flow_noise": {"noise_method": "flow_noise", "precision": "float32", "where": "recompute", "checkpointing": True,
+                   "level": "token"},
     "pi0": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
     "bfloat16": {"noise_method": "flow_sde", "precision": "bfloat16", "where": "recompute", "checkpointing": True},
 }
@@ -51,6 +52,7 @@ def make_policy(kind, folder, device="cpu"):
     policy = load_policy(folder / family, denoise_steps=3, action_chunk=2, device=device, compile="never", **sampling)
     policy.network.gradient_checkpointing = options["checkpointing"]
     policy.keep_prefixes(options["where"], 1000, SETTINGS.micro_batch)
+    policy.set_levels(options.get("level", "chunk"), "token")
     return policy
 
 
@@ -66,7 +68,7 @@ def rollout_of(kind, folder, rank, iteration):
         seeds = range(seed * 100, seed * 100 + count)
         return collect([ReachEnv(count)], policy, seeds, generator, max_chunks=4)[0]
     sample = policy.act(make_observation(2 * count, seed), generator, explore=True)
-    value, old = sample.value.view(2, count), sample.log_prob.view(2, count)
+    value, old = sample.value.view(2, count), sample.log_prob.unflatten(0, (2, count))
     flags = torch.zeros(2, count, dtype=torch.bool)
     reward = torch.rand(2, count, generator=generator)
     return Rollout(old, value, value, reward, flags, flags, ~flags, (sample.chain,), torch.arange(2 * count))
