@@ -289,6 +289,12 @@ class PpoConfig(Section):
     """Samples per forward/backward pass."""
     learning_rate: float = Field(5e-6, gt=0)
     value_learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """First optimizer steps in which both learning rates grow linearly to their values; the actor's count from the end of
+    the critic's warm-up. Adam's first step changes every weight by the whole rate, whatever its gradient."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine lowers both learning rates from iteration to iteration, to 0 after the last one (pi_RL's cure for a KL that
+    creeps up); ``iterations`` cannot change between runs then."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gamma: float = Field(0.99, gt=0, le=1)

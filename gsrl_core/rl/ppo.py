@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from gsrl_core.errors import TrainingError
 from gsrl_core.interfaces import Level, Policy
 from gsrl_core.rl import losses
-from gsrl_core.rl.returns import explained_variance, generalized_advantages
+from gsrl_core.rl.returns import generalized_advantages
 from gsrl_core.rl.rollout import Rollout
 from gsrl_core.sharding import memory_of, own_part, reduce_gradients, whole
 
@@ -84,11 +84,14 @@ class Collective(Protocol):
 class PpoSettings:
     """Constants of the update; meanings and ranges are those of the ``ppo`` section of the configuration."""
 
+    iterations: int
     update_epochs: int
     global_batch: int
     micro_batch: int
     learning_rate: float
     value_learning_rate: float
+    warmup_steps: int
+    lr_schedule: Literal["constant", "cosine"]
     weight_decay: float
     max_grad_norm: float
     gamma: float
@@ -124,6 +127,10 @@ TOLERATED_MISMATCH = 1e-3
 
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
+_ALIASES = {
+    "actor/policy_loss": "actor/loss", "actor/clip_fraction": "actor/pg_clipfrac",
+    "critic/value_loss": "actor/value_loss", "critic/value_clip_ratio": "actor/value_clip_ratio",
+}  # fmt: skip
 # Tensors of a pass that are checked for non-finite numbers, in this order.
 _CHECKED = ("advantages", "entropy", "log_prob", "loss", "old_log_prob", "old_value", "returns", "value")
 
@@ -133,9 +140,10 @@ class Learner:
 
     def __init__(self, policy: TrainablePolicy, settings: PpoSettings, collective: Collective) -> None:
         self.policy, self.settings, self.collective = policy, settings, collective
-        self.groups = {name: list(parameters) for name, parameters in policy.trainable_parameters().items()}
-        if set(self.groups) != {"actor", "critic"} or not all(self.groups.values()):
-            raise TrainingError(f"trainable parameters must be of 'actor' and 'critic'; given {sorted(self.groups)}")
+        given = policy.trainable_parameters()
+        if set(given) != {"actor", "critic"} or not all(given.values()):
+            raise TrainingError(f"trainable parameters must be of 'actor' and 'critic'; given {sorted(given)}")
+        self.groups = {name: list(given[name]) for name in ("actor", "critic")}
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.groups["actor"], "lr": settings.learning_rate},
@@ -147,6 +155,8 @@ class Learner:
             fused=all(parameter.is_cuda for group in self.groups.values() for parameter in group) or None,
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.steps = dict.fromkeys(self.groups, 0)
+        """Optimizer steps that each group has made."""
         self.iteration = 0
         """Updates done so far."""
         self._at = ""
@@ -183,6 +193,10 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         metrics |= {f"actor/{name}": value for name, value in zip(_SUMS, (sums / seen).tolist(), strict=True)}
+        # As they are called in RLinf's code; the first names are those of the seed's specification.
+        metrics |= {alias: metrics[name] for alias, name in _ALIASES.items()}
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            metrics[f"{name}/learning_rate"] = group["lr"] if norms else 0.0
         metrics["actor/grad_norm"] = sum(norms) / max(1, len(norms))
         metrics["actor/optimizer_steps"] = float(len(norms))
         metrics["actor/stopped_by_kl"] = float(stopped)
@@ -195,6 +209,7 @@ class Learner:
         """
         return {
             "iteration": self.iteration,
+            "steps": dict(self.steps),
             "parameters": {name: [p.detach() for p in group] for name, group in self.groups.items()},
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -223,7 +238,7 @@ class Learner:
         }
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.generator.set_state(state["generator"].cpu())
-        self.iteration = state["iteration"]
+        self.iteration, self.steps = state["iteration"], dict(state["steps"])
 
     def _prepare(self, rollout: Rollout) -> tuple[_Batch, dict[str, float]]:
         advantages, returns = generalized_advantages(
@@ -246,12 +261,19 @@ class Learner:
             "rollout/samples": count,
             "critic/explained_variance": self._explained_variance(value, batch_returns, count),
         }
+        for name, samples in (("advantages", raw), ("returns", batch_returns)):
+            metrics[f"rollout/{name}_min"], metrics[f"rollout/{name}_max"] = self._range(samples)
         return _Batch(rollout.samples(rollout.log_prob), value, scaled.float(), batch_returns), metrics
 
+    def _range(self, samples: Tensor) -> tuple[float, float]:
+        """Smallest and largest of all processes' samples [N]; some may have none."""
+        nothing = samples.new_tensor([math.inf, -math.inf])
+        own = torch.stack([samples.min(), samples.max()]) if len(samples) else nothing
+        lowest, highest = self.collective.gather(own.double()).unbind(dim=1)
+        return float(lowest.min()), float(highest.max())
+
     def _explained_variance(self, value: Tensor, returns: Tensor, count: float) -> float:
-        if self.collective.world_size == 1:
-            return explained_variance(value, returns)
-        # 1 - Var(R - V) / Var(R) from the moments of all processes' samples together.
+        """1 - Var(R - V) / Var(R) of all processes' samples: 1 is perfect, 0 no better than a constant (or R is one)."""
         both = torch.stack([returns.double(), returns.double() - value.double()])
         mean = self.collective.sum(both.sum(1)) / count
         variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
@@ -419,10 +441,26 @@ class Learner:
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
         nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        self._set_rates()
         self.optimizer.step()
         # The fused optimizer does not count, and copies of the weights are renewed when the count has changed.
         torch.autograd.graph.increment_version(parameters)
         return float(norm)
+
+    def _set_rates(self) -> None:
+        """Learning rates of the step that follows, and its number.
+
+        Warm-up counts a group's own steps, so that the actor warms up after the critic's warm-up too. The cosine falls
+        from iteration to iteration, because how many steps one has depends on how long its episodes were.
+        """
+        s = self.settings
+        cosine = 0.5 * (1 + math.cos(math.pi * self.iteration / s.iterations)) if s.lr_schedule == "cosine" else 1.0
+        full = {"actor": s.learning_rate, "critic": s.value_learning_rate}
+        frozen = {"actor"} if self.iteration < s.critic_warmup_iterations else set()
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            self.steps[name] += name not in frozen
+            warm = min(1.0, self.steps[name] / s.warmup_steps) if s.warmup_steps else 1.0
+            group["lr"] = 0.0 if name in frozen else full[name] * warm * cosine
 
     def _trained(self) -> list[nn.Parameter]:
         # AdamW leaves parameters without a gradient alone, weight decay included: that is the critic's warm-up.

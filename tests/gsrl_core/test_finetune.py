@@ -115,6 +115,18 @@ def test_more_iterations_continue_a_finished_run(tmp_path):
     assert timeless(history) == timeless(direct)
 
 
+def test_a_cosine_has_the_length_that_it_was_begun_with_and_resumes_in_its_place(tmp_path):
+    schedule = {"ppo__lr_schedule": "cosine", "ppo__warmup_steps": 4}
+    _, whole, _ = run(tmp_path / "whole", **schedule)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", Recorder(stop_after=3), **schedule)
+    _, resumed, _ = run(tmp_path / "killed", **schedule)
+    assert timeless(resumed) == timeless(whole)
+    assert [row["actor/learning_rate"] for row in whole][2:] == pytest.approx([3e-3 * 0.5, 3e-3 * 0.1464466], rel=1e-5)
+    with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):
+        run(tmp_path / "killed", ppo__iterations=5, **schedule)
+
+
 def test_a_workspace_of_other_settings_is_refused_and_a_torn_one_begun_anew(tmp_path, caplog):
     run(tmp_path / "a", ppo__iterations=2)
     with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):

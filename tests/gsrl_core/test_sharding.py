@@ -24,6 +24,7 @@ from gsrl_core.sharding import whole  # noqa: E402
 from gsrl_core.training import _on_cpu  # noqa: E402
 
 SETTINGS = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=2, global_batch=24, micro_batch=7, learning_rate=1e-3, value_learning_rate=1e-3, weight_decay=0.01,
     max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.1, target_kl=None, critic_warmup_iterations=0,

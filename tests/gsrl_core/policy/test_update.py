@@ -15,6 +15,7 @@ from gsrl_core.rl.rollout import Rollout
 
 CHUNKS, EPISODES = 3, 4
 FROZEN = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=2, global_batch=4, micro_batch=3, learning_rate=0.0, value_learning_rate=0.0, weight_decay=0.01,
     max_grad_norm=1.0, gamma=0.99, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.2,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
@@ -68,8 +69,9 @@ def test_the_ratio_is_one_in_every_epoch_while_no_weight_moves(folder, place, pr
     assert metrics["actor/pg_clipfrac"] == 0
 
 
-@pytest.mark.parametrize("noise_method", ["flow_sde", "flow_noise"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "noise_method"), [("device", "flow_noise"), ("host", "flow_sde"), ("recompute", "flow_sde")]
+)
 def test_levels_have_the_chunks_gradient_over_the_number_of_ratios(folder, place, noise_method):
     settings = replace(FROZEN, update_epochs=1, global_batch=1000, max_grad_norm=1e9)
     found = {}

@@ -11,9 +11,10 @@ from gsrl_core.errors import TrainingError
 from gsrl_core.rl import losses
 from gsrl_core.rl.ppo import Learner, PpoSettings
 from gsrl_core.rl.returns import generalized_advantages
-from gsrl_core.rl.rollout import collect, concatenate
+from gsrl_core.rl.rollout import Rollout, collect, concatenate
 
 SETTINGS = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=4, global_batch=128, micro_batch=64, learning_rate=3e-3, value_learning_rate=1e-2, weight_decay=0.0,
     max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
@@ -352,6 +353,13 @@ def test_every_named_metric_of_the_seed_is_there_and_means_what_it_says():
     metrics = Learner(policy, replace(SETTINGS, update_epochs=1, global_batch=10_000), Alone()).update(rollout)
     for name in ("loss", "value_loss", "grad_norm", "approx_kl", "pg_clipfrac", "value_clip_ratio", "entropy"):
         assert f"actor/{name}" in metrics
+    for code, specified in (("actor/policy_loss", "loss"), ("actor/clip_fraction", "pg_clipfrac"),
+                            ("critic/value_loss", "value_loss"), ("critic/value_clip_ratio", "value_clip_ratio")):  # fmt: skip
+        assert metrics[code] == metrics[f"actor/{specified}"]
+    for name, samples in zip(("advantages", "returns"), advantages_and_returns(rollout), strict=True):
+        for statistic in ("min", "max", "mean"):
+            expected = getattr(samples, statistic)().item()
+            assert metrics[f"rollout/{name}_{statistic}"] == pytest.approx(expected, abs=1e-6)
     # One step on the samples' own weights: no drift, no clipping, and normalised advantages average to zero.
     assert metrics["actor/approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["actor/pg_clipfrac"] == metrics["actor/value_clip_ratio"] == 0
@@ -485,3 +493,85 @@ def test_all_processes_stop_at_the_same_minibatch():
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
     assert said[0] == said[1] and "in old_log_prob;" in said[0]
+
+
+def predicted(values, returns):
+    """Explained variance of a rollout of chunks that end at once with these returns."""
+    value, reward = (torch.tensor([numbers]) for numbers in (values, returns))
+    yes = torch.ones_like(value, dtype=torch.bool)
+    state = {"state": torch.zeros(value.numel(), 2), "actions": torch.zeros(value.numel(), 2)}
+    rollout = Rollout(value * 0, value, value, reward, yes, ~yes, yes, (state,), torch.arange(value.numel()))
+    return Learner(GaussianPolicy(), SETTINGS, Alone()).update(rollout)["critic/explained_variance"]
+
+
+def test_explained_variance_of_perfect_constant_and_known_predictions():
+    returns = [0.0, 1.0, 2.0, 3.0]
+    assert predicted(returns, returns) == 1.0
+    assert predicted([7.0] * 4, returns) == pytest.approx(0.0)
+    # Var(R) = 1.25; residuals (0, 0, 0, 2) have variance 3/4: 1 - 0.75/1.25 = 0.4
+    assert predicted([0.0, 1.0, 2.0, 1.0], returns) == pytest.approx(0.4)
+    assert predicted(returns, [1.0] * 4) == 0.0
+
+
+def rates(settings, rollout, iterations, learner=None):
+    """The learner, and its learning rates of actor and critic at each optimizer step."""
+    learner, found = learner or Learner(GaussianPolicy(), settings, Alone()), []
+    step = learner.optimizer.step
+
+    def watched():
+        found.append(tuple(group["lr"] for group in learner.optimizer.param_groups))
+        step()
+
+    learner.optimizer.step = watched
+    metrics = [learner.update(rollout) for _ in range(iterations)]
+    learner.optimizer.step = step
+    return learner, found, metrics
+
+
+SHORT = replace(SETTINGS, update_epochs=1, global_batch=20, learning_rate=1e-3, value_learning_rate=1e-2)
+
+
+def test_both_learning_rates_warm_up_over_optimizer_steps(rollout):
+    _, found, metrics = rates(replace(SHORT, warmup_steps=5), rollout, 3)
+    expected = [min(1.0, (number + 1) / 5) for number in range(len(found))]
+    assert len(found) > 6 and [actor for actor, _ in found] == pytest.approx([1e-3 * e for e in expected])
+    assert [critic for _, critic in found] == pytest.approx([1e-2 * e for e in expected])
+    a_step = len(found) // 3
+    assert metrics[0]["actor/learning_rate"] == found[a_step - 1][0]
+    assert metrics[-1]["critic/learning_rate"] == 1e-2
+
+
+def test_the_actor_warms_up_after_the_critic_did(rollout):
+    _, found, metrics = rates(replace(SHORT, warmup_steps=5, critic_warmup_iterations=1), rollout, 2)
+    half = len(found) // 2
+    assert [actor for actor, _ in found[:half]] == [0.0] * half and metrics[0]["actor/learning_rate"] == 0.0
+    assert found[half][0] == pytest.approx(1e-3 / 5) and found[half][1] == pytest.approx(1e-2 * min(1, (half + 1) / 5))
+
+
+def test_the_cosine_falls_from_iteration_to_iteration(rollout):
+    _, _, metrics = rates(replace(SHORT, lr_schedule="cosine", iterations=4), rollout, 4)
+    # (1 + cos(π k / 4)) / 2
+    expected = [1.0, 0.8535534, 0.5, 0.1464466]
+    assert [m["actor/learning_rate"] for m in metrics] == pytest.approx([1e-3 * e for e in expected], rel=1e-5)
+    assert [m["critic/learning_rate"] for m in metrics] == pytest.approx([1e-2 * e for e in expected], rel=1e-5)
+    assert {m["actor/learning_rate"] for m in rates(SHORT, rollout, 2)[2]} == {1e-3}
+
+
+def test_a_resumed_learner_goes_on_in_the_schedule(rollout):
+    settings = replace(SHORT, warmup_steps=8, lr_schedule="cosine", iterations=4, critic_warmup_iterations=1)
+    whole, expected, _ = rates(settings, rollout, 4)
+    half, first, _ = rates(settings, rollout, 2)
+    resumed = Learner(GaussianPolicy(seed=9), settings, Alone())
+    resumed.load_state_dict(half.state_dict())
+    resumed, rest, _ = rates(settings, rollout, 2, resumed)
+    assert first + rest == expected
+    assert torch.equal(weights(resumed.policy), weights(whole.policy))
+
+
+def test_a_warm_up_keeps_the_first_step_close(rollout):
+    # Adam's first step is the learning rate in every weight, however small the gradient.
+    drift = []
+    for steps in (0, 10):
+        settings = replace(SHORT, update_epochs=2, global_batch=10_000, learning_rate=0.03, warmup_steps=steps)
+        drift.append(Learner(GaussianPolicy(), settings, Alone()).update(rollout)["actor/kl_k3"])
+    assert drift[1] < 0.05 * drift[0]
