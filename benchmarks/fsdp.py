@@ -39,7 +39,7 @@ def rollout_of(policy: Pi05Policy, samples: int, micro_batch: int) -> Rollout:
     chain = {
         "prefix_keys": torch.randn(keys, device=DEVICE, dtype=policy.network.compute_dtype),
         "prefix_values": torch.randn(keys, device=DEVICE, dtype=policy.network.compute_dtype),
-        "prefix_valid": torch.ones(samples, TOKENS, dtype=torch.bool, device=DEVICE),
+        "prefix_valid": torch.ones(samples, TOKENS, dtype=torch.bool),
         "pooled": torch.randn(samples, config.width, device=DEVICE),
         "x_k": x,
         "x_next": x + 0.1 * torch.randn_like(x),

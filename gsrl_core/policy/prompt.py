@@ -27,6 +27,8 @@ class Prompt:
     """bool [B, N] over pictures, then text, on the device of ``tokens``."""
     complete: bool
     """Nothing is masked (the faster attention)."""
+    on_host: Tensor | None = None
+    """``valid`` on the host, where somebody needs to keep it there."""
     state: Tensor | None = None
     """float32 [B, A] in network units, for pi0 only: it goes to the expert, not into the prefix."""
 
@@ -70,4 +72,5 @@ def pack(
     filled = int(token_mask.any(dim=0).sum())
     shown = [masks[slot][:, None].expand(-1, image_tokens) for slot in slots]
     valid = torch.cat([*shown, token_mask[:, :filled]], dim=1)
-    return Prompt(tuple(images[slot] for slot in slots), tokens[:, :filled], valid.to(tokens.device), bool(valid.all()))
+    shown_images = tuple(images[slot] for slot in slots)
+    return Prompt(shown_images, tokens[:, :filled], valid.to(tokens.device), bool(valid.all()), on_host=valid)

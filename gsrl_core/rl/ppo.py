@@ -125,6 +125,9 @@ class _Batch:
 TOLERATED_MISMATCH = 1e-3
 """Of a log-probability between rollout and learner. Float32 is off by about 1e-5, bfloat16 by some 1e-2."""
 
+BUCKET = 1 << 24
+"""Gradients that are summed over processes at once: few calls, and a copy of 64 MiB rather than of all of them."""
+
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
 _ALIASES = {
@@ -483,6 +486,19 @@ def _chunk(entries: Tensor) -> Tensor:
 
 def _sum_gradients(parameters: list[nn.Parameter], collective: Collective) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = collective.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    for gradient, piece in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for bucket in _buckets(gradients):
+        flat = collective.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        for gradient, piece in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of at most ``BUCKET`` numbers together; a larger tensor is alone."""
+    buckets, room = [], 0
+    for tensor in tensors:
+        if tensor.numel() > room or not buckets:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets

@@ -55,7 +55,10 @@ def test_override_replaces_one_value_only():
         ({"sim.cameras": [{"name": "a"}, {"name": "a"}]}, "every name only once"),
         ({"sim.instruction": ""}, "sim.instruction: String should have at least 1 character"),
         ({"evaluation.perturbations": ["pose", "pose"]}, "every one only once"),
-        ({"ppo.entropy_coef": 0.01, "policy.noise_method": "flow_sde"}, "does nothing with policy.noise_method flow_sde"),
+        (
+            {"ppo.entropy_coef": 0.01, "policy.noise_method": "flow_sde"},
+            "does nothing with policy.noise_method flow_sde",
+        ),
         ({"ppo.logprob_level": "tokens"}, "ppo.logprob_level: Input should be 'chunk', 'action' or 'token'"),
         ({"cluster.data_parallel": "fsdp2"}, "set cluster.runtime to ray"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),

@@ -37,8 +37,13 @@ KINDS = {
     "toy": {},
     "warm-up": {"critic_warmup_iterations": 1},
     "flow_sde": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
-    "flow_noise": {"noise_method": "flow_noise", "precision": "float32", "where": "recompute", "checkpointing": True,
-                   "level": "token"},
+    "flow_noise": {
+        "noise_method": "flow_noise",
+        "precision": "float32",
+        "where": "recompute",
+        "checkpointing": True,
+        "level": "token",
+    },
     "pi0": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
     "bfloat16": {"noise_method": "flow_sde", "precision": "bfloat16", "where": "recompute", "checkpointing": True},
 }

@@ -8,7 +8,7 @@ import torch
 from toy import GaussianPolicy, ReachEnv
 
 from gsrl_core.errors import TrainingError
-from gsrl_core.rl import losses
+from gsrl_core.rl import losses, ppo
 from gsrl_core.rl.ppo import Learner, PpoSettings
 from gsrl_core.rl.returns import generalized_advantages
 from gsrl_core.rl.rollout import Rollout, collect, concatenate
@@ -287,7 +287,16 @@ def test_microbatches_change_nothing_but_memory():
     assert torch.allclose(*results, atol=1e-6)
 
 
-def test_two_processes_make_the_update_of_one_on_the_union():
+def test_gradients_are_summed_in_buckets_of_neighbours(monkeypatch):
+    monkeypatch.setattr(ppo, "BUCKET", 10)
+    tensors = [torch.zeros(n) for n in (4, 6, 1, 25, 9, 1)]
+    assert [[len(t) for t in bucket] for bucket in ppo._buckets(tensors)] == [[4, 6], [1], [25], [9, 1]]
+    assert ppo._buckets([]) == []
+
+
+@pytest.mark.parametrize("bucket", [40, ppo.BUCKET])
+def test_two_processes_make_the_update_of_one_on_the_union(bucket, monkeypatch):
+    monkeypatch.setattr(ppo, "BUCKET", bucket)
     start = GaussianPolicy()
     # Unequal shards, so that the weighting matters.
     shards = [rollout_of(start, range(10), noise=1), rollout_of(start, range(10, 40), noise=2)]
@@ -460,7 +469,9 @@ def test_an_infinite_new_log_prob_stops_before_the_step(rollout, value):
 
     settings = replace(LATER, recompute_log_prob="off", micro_batch=16)
     learner = Learner(policy, settings, Alone())
-    per_update = 1 + len(learner._minibatches(rollout.num_samples))  # one pass tells how far rollout and learner are off
+    per_update = 1 + len(
+        learner._minibatches(rollout.num_samples)
+    )  # one pass tells how far rollout and learner are off
     number = 8 - 1  # of the ninth call, after the first
     assert per_update > number + 1
     policy.evaluate = overflowing
