@@ -17,7 +17,6 @@ from gsrl_core.geometry.camera import Camera
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
 
-
 Level = Literal["chunk", "action", "token"]
 """What one number of a log-probability or an entropy belongs to: all that is executed of a chunk, shape [B]; one of its
 H actions, [B, H]; or one entry of one action, [B, H, A]. Each is the sum over what it holds (RLinf's ``chunk_level``,

@@ -290,11 +290,11 @@ class PpoConfig(Section):
     learning_rate: float = Field(5e-6, gt=0)
     value_learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    """First optimizer steps in which both learning rates grow linearly to their values; the actor's count from the end of
-    the critic's warm-up. Adam's first step changes every weight by the whole rate, whatever its gradient."""
+    """First optimizer steps in which both learning rates grow linearly to their values; the actor's count from the end
+    of the critic's warm-up. Adam's first step changes every weight by the whole rate, whatever its gradient."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """cosine lowers both learning rates from iteration to iteration, to 0 after the last one (pi_RL's cure for a KL that
-    creeps up); ``iterations`` cannot change between runs then."""
+    """cosine lowers both learning rates from iteration to iteration, to 0 after the last one (pi_RL's cure for a KL
+    that creeps up); ``iterations`` cannot change between runs then."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gamma: float = Field(0.99, gt=0, le=1)
@@ -310,9 +310,9 @@ class PpoConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy, for flow_noise only: the noise of flow_sde is not learned."""
     logprob_level: Literal["chunk", "action", "token"] = "chunk"
-    """What has one ratio: the chunk (log-probabilities summed over its executed actions and their entries), each executed
-    action (summed over its entries), or each entry. All ratios of a chunk share its advantage, and the loss is their
-    mean."""
+    """What has one ratio: the chunk (log-probabilities summed over its executed actions and their entries), each
+    executed action (summed over its entries), or each entry. All ratios of a chunk share its advantage, and the loss is
+    their mean."""
     entropy_level: Literal["chunk", "action", "token"] = "token"
     """The entropy is summed over a chunk's entries, or over an action's and averaged over actions, or averaged over all
     entries (the seed's); entropy_coef weighs that number."""

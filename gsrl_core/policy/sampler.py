@@ -92,7 +92,7 @@ class Sampler:
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def log_prob(self, prefix: PrefixCache, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of stored transitions under the current weights, each at its level, with gradients.
+        """Log-probability and entropy of stored transitions under the current weights, at their levels, with gradients.
 
         The deviations of Flow-SDE are a fixed schedule, so that its entropy says nothing of the policy: it counts as
         zero, as in pi_RL's code.

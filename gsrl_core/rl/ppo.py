@@ -12,8 +12,8 @@ A sample is a chunk, with one advantage. Its ratio may be one number, or one for
 entry of those (:data:`~gsrl_core.interfaces.Level`). The advantage is that of all its entries, and the actor's loss is
 the mean over them: at ratio 1 the gradient is the chunk's divided by their number. An episode that ends inside a chunk
 does not mask the rest of it, as the policy chose it all the same (RLinf masks whole chunks likewise). Estimates of the
-KL divergence are sums over a chunk's entries, so that ``target_kl`` has one meaning at all levels; its penalty is a mean
-over entries, as the surrogate that it is weighed against.
+KL divergence are sums over a chunk's entries, so that ``target_kl`` has one meaning at all levels; its penalty is a
+mean over entries, as the surrogate that it is weighed against.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class Learner:
         return float(lowest.min()), float(highest.max())
 
     def _explained_variance(self, value: Tensor, returns: Tensor, count: float) -> float:
-        """1 - Var(R - V) / Var(R) of all processes' samples: 1 is perfect, 0 no better than a constant (or R is one)."""
+        """1 - Var(R - V) / Var(R) of all processes' samples; 0 is no better than a constant, and for constant R."""
         both = torch.stack([returns.double(), returns.double() - value.double()])
         mean = self.collective.sum(both.sum(1)) / count
         variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
@@ -480,7 +480,7 @@ def _mean(entries: Tensor) -> Tensor:
 
 
 def _chunk(entries: Tensor) -> Tensor:
-    """Sum of each sample's entries, [N, ...] -> [N]: a divergence of the whole chunk, whatever the level of the ratio."""
+    """Sum of each sample's entries, [N, ...] -> [N]: a divergence of the whole chunk, whatever the ratio's level."""
     return entries if entries.ndim == 1 else entries.flatten(1).sum(dim=1)
 
 

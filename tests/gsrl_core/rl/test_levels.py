@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_ppo import SETTINGS, Alone, Threads, rollout_of, weights
-from toy import GaussianPolicy
 from torch import nn
+from toy import GaussianPolicy
 
 from gsrl_core.interfaces import Evaluation
 from gsrl_core.rl.ppo import Learner
