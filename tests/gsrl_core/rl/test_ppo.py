@@ -362,9 +362,11 @@ def test_every_named_metric_of_the_seed_is_there_and_means_what_it_says():
     metrics = Learner(policy, replace(SETTINGS, update_epochs=1, global_batch=10_000), Alone()).update(rollout)
     for name in ("loss", "value_loss", "grad_norm", "approx_kl", "pg_clipfrac", "value_clip_ratio", "entropy"):
         assert f"actor/{name}" in metrics
-    for code, specified in (("actor/policy_loss", "loss"), ("actor/clip_fraction", "pg_clipfrac"),
-                            ("critic/value_loss", "value_loss"), ("critic/value_clip_ratio", "value_clip_ratio")):  # fmt: skip
-        assert metrics[code] == metrics[f"actor/{specified}"]
+    codes = {
+        "actor/policy_loss": "actor/loss", "actor/clip_fraction": "actor/pg_clipfrac",
+        "critic/value_loss": "actor/value_loss", "critic/value_clip_ratio": "actor/value_clip_ratio",
+    }  # fmt: skip
+    assert all(metrics[code] == metrics[specified] for code, specified in codes.items())
     for name, samples in zip(("advantages", "returns"), advantages_and_returns(rollout), strict=True):
         for statistic in ("min", "max", "mean"):
             expected = getattr(samples, statistic)().item()
@@ -461,22 +463,16 @@ def test_an_infinite_new_log_prob_stops_before_the_step(rollout, value):
     evaluate = policy.evaluate
 
     def overflowing(chain):
-        now, log_prob = evaluate(chain), None
-        calls.append(0)
-        if len(calls) == 9:  # in the second iteration's second epoch, or so
-            log_prob = now.log_prob + value
-        return now if log_prob is None else replace(now, log_prob=log_prob)
+        now = evaluate(chain)
+        calls.append(now)
+        # The first call tells how far rollout and learner are off; each of the others is a minibatch.
+        return replace(now, log_prob=now.log_prob + value) if len(calls) == 1 + 4 else now
 
-    settings = replace(LATER, recompute_log_prob="off", micro_batch=16)
-    learner = Learner(policy, settings, Alone())
-    per_update = 1 + len(
-        learner._minibatches(rollout.num_samples)
-    )  # one pass tells how far rollout and learner are off
-    number = 8 - 1  # of the ninth call, after the first
-    assert per_update > number + 1
     policy.evaluate = overflowing
-    with pytest.raises(TrainingError, match=rf"optimizer step {number + 1} of .* in log_prob;"):
-        learner.update(rollout)
+    settings = replace(LATER, recompute_log_prob="off", micro_batch=16)
+    with pytest.raises(TrainingError, match=r"optimizer step 4 of .* in log_prob;"):
+        Learner(policy, settings, Alone()).update(rollout)
+    assert len(calls) == 5
     assert all(p.isfinite().all() for p in policy.parameters())
 
 
