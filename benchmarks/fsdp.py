@@ -39,7 +39,7 @@ def rollout_of(policy: Pi05Policy, samples: int, micro_batch: int) -> Rollout:
     chain = {
         "prefix_keys": torch.randn(keys, device=DEVICE, dtype=policy.network.compute_dtype),
         "prefix_values": torch.randn(keys, device=DEVICE, dtype=policy.network.compute_dtype),
-        "prefix_valid": torch.ones(samples, TOKENS, dtype=torch.bool, device=DEVICE),
+        "prefix_valid": torch.ones(samples, TOKENS, dtype=torch.bool),
         "pooled": torch.randn(samples, config.width, device=DEVICE),
         "x_k": x,
         "x_next": x + 0.1 * torch.randn_like(x),
@@ -66,6 +66,7 @@ def measure(kind: str, group: ProcessGroup, samples: int, micro_batch: int) -> N
         policy.shard(group.mesh(DEVICE.type))
     held = allocated_gib() - chains
     settings = PpoSettings(
+        iterations=10, warmup_steps=0, lr_schedule="constant",
         update_epochs=1, global_batch=samples * group.world_size // STEPS_AN_UPDATE, micro_batch=micro_batch,
         learning_rate=1e-9, value_learning_rate=1e-9, weight_decay=0.0, max_grad_norm=1.0, gamma=0.99, gae_lambda=0.95,
         clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.2, huber_delta=10.0, value_coef=1.0, entropy_coef=0.0,

@@ -358,6 +358,7 @@ class Update:
     def settings(self) -> PpoSettings:
         """The seed's recipe with these sizes; a learning rate of 0 is the critic's as well."""
         return PpoSettings(
+            iterations=10, warmup_steps=0, lr_schedule="constant",
             update_epochs=self.epochs, global_batch=min(self.global_batch, self.samples), micro_batch=MICRO_BATCH,
             learning_rate=self.learning_rate, value_learning_rate=VALUE_LEARNING_RATE if self.learning_rate else 0.0,
             weight_decay=0.01, max_grad_norm=1.0, gamma=0.99, gae_lambda=0.95, clip_low=0.2, clip_high=0.2,

@@ -174,7 +174,9 @@ def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
 
 
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:
-    ppo = config.ppo.model_copy(update={name: 1 for name in _FREE})
+    # The length of a cosine is part of every learning rate on the way.
+    free = _FREE - {"iterations"} if config.ppo.lr_schedule == "cosine" else _FREE
+    ppo = config.ppo.model_copy(update={name: 1 for name in free})
     # Who collects how many episodes decides the order of the noise, so the cluster section counts too; how learners
     # divide the weights does not.
     cluster = config.cluster.model_copy(update={"data_parallel": "ddp"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from torch import Tensor
 from gsrl_core.geometry.camera import Camera
 from gsrl_core.splat.frames import Frames
 from gsrl_core.splat.scene import Scene
+
+Level = Literal["chunk", "action", "token"]
+"""What one number of a log-probability or an entropy belongs to: all that is executed of a chunk, shape [B]; one of its
+H actions, [B, H]; or one entry of one action, [B, H, A]. Each is the sum over what it holds (RLinf's ``chunk_level``,
+``action_level`` and ``token_level``)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class ActionSample:
     actions: Tensor
     """float32 [B, H, A] in control units (denormalised), ready for ``VecEnv.step_chunk``."""
     log_prob: Tensor
-    """float32 [B]: log-probability of the stochastic transition(s), zero for a deterministic sample."""
+    """float32 [B], [B, H] or [B, H, A], as the policy's level says: log-probability of the stochastic transition(s),
+    zero for a deterministic sample."""
     value: Tensor
     """float32 [B]: critic; a policy may leave it zero in a sample without exploration, which nobody learns from."""
     chain: Mapping[str, Tensor]
@@ -109,9 +115,9 @@ class Evaluation:
     """Differentiable quantities of stored samples under the current weights."""
 
     log_prob: Tensor
-    """float32 [B]."""
+    """float32 [B], [B, H] or [B, H, A], as ``ActionSample.log_prob``."""
     entropy: Tensor
-    """float32 [B]."""
+    """float32 [B], [B, H] or [B, H, A], at a level of its own; zero where the noise is not learned."""
     value: Tensor
     """float32 [B]."""
 

@@ -306,6 +306,12 @@ class PpoConfig(Section):
     """Samples per forward/backward pass."""
     learning_rate: float = Field(5e-6, gt=0)
     value_learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """First optimizer steps in which both learning rates grow linearly to their values; the actor's count from the end
+    of the critic's warm-up. Adam's first step changes every weight by the whole rate, whatever its gradient."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine lowers both learning rates from iteration to iteration, to 0 after the last one (pi_RL's cure for a KL
+    that creeps up); ``iterations`` cannot change between runs then."""
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gamma: float = Field(0.99, gt=0, le=1)
@@ -319,10 +325,18 @@ class PpoConfig(Section):
     huber_delta: float = Field(10.0, gt=0)
     value_coef: float = Field(1.0, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy, for flow_noise only: the noise of flow_sde is not learned."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio: the chunk (log-probabilities summed over its executed actions and their entries), each
+    executed action (summed over its entries), or each entry. All ratios of a chunk share its advantage, and the loss is
+    their mean."""
+    entropy_level: Literal["chunk", "action", "token"] = "token"
+    """The entropy is summed over a chunk's entries, or over an action's and averaged over actions, or averaged over all
+    entries (the seed's); entropy_coef weighs that number."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of a penalty on the k3 estimate of KL(old || new)."""
+    """Weight of a penalty on the k3 estimate of KL(old || new), averaged over the chunk's ratios."""
     target_kl: float | None = Field(None, gt=0)
-    """The update stops when approximate KL passes 1.5 times this."""
+    """The update stops when approximate KL (k3, of whole chunks at every level) passes 1.5 times this."""
     critic_warmup_iterations: int = Field(0, ge=0)
     """First iterations that train the value head alone."""
     normalize_advantages: bool = True
@@ -433,6 +447,11 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"ppo.global_batch ({self.ppo.global_batch}) must be a multiple of ppo.micro_batch "
                 f"({self.ppo.micro_batch})"
+            )
+        if self.ppo.entropy_coef and self.policy.noise_method == "flow_sde":
+            raise ValueError(
+                f"ppo.entropy_coef ({self.ppo.entropy_coef}) does nothing with policy.noise_method flow_sde, whose "
+                "noise is a fixed schedule; set it to 0, or take flow_noise"
             )
         if self.cluster.data_parallel == "fsdp2" and self.cluster.runtime != "ray":
             raise ValueError("cluster.data_parallel fsdp2 needs several processes: set cluster.runtime to ray")

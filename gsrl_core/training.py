@@ -54,6 +54,7 @@ class TrainingWorker:
             for _ in range(spec.stages if spec.num_envs else 0)
         ]
         samples = spec.num_envs * spec.ppo.rollout_epochs * spec.max_chunks
+        self._policy.set_levels(spec.ppo.logprob_level, spec.ppo.entropy_level)
         self._policy.keep_prefixes(spec.ppo.prefix_cache, samples, spec.ppo.micro_batch)
         self._collective: SingleProcess | ProcessGroup = SingleProcess()
         self._learner = self._new_learner() if spec.learns else None

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gsrl_core.errors import CheckpointError
-from gsrl_core.interfaces import ActionSample, Evaluation, Observation
+from gsrl_core.interfaces import ActionSample, Evaluation, Level, Observation
 from gsrl_core.policy import flow
 from gsrl_core.policy.config import IMAGE_SLOTS
 from gsrl_core.policy.fast import FastNetwork
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.prompt import Prompt, pack
 from gsrl_core.policy.sampler import Sampler, Sampling
-from gsrl_core.policy.storage import PrefixStore
+from gsrl_core.policy.storage import Extent, PrefixStore
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import (
     FieldStats,
@@ -145,9 +145,10 @@ class Pi05Policy:
 
     def evaluate(self, chain: Mapping[str, Tensor]) -> Evaluation:
         """Log-probability, entropy and value of stored samples, with gradients to the trainable parameters."""
+        extent = self.store.extent(chain)
         chain = {name: tensor.to(self.device, non_blocking=True) for name, tensor in chain.items()}
         run = self._evaluate if self.sharded is None else self.sharded
-        log_prob, entropy, value = run(chain)
+        log_prob, entropy, value = run(chain, extent)
         return Evaluation(log_prob, entropy, value)
 
     def shard(self, mesh: DeviceMesh) -> None:
@@ -175,6 +176,14 @@ class Pi05Policy:
         """Say how the chains of ``samples`` samples are kept until updates in passes of ``micro_batch``."""
         trained = sum(parameter.numel() for group in (self._actor, self._critic) for parameter in group.values())
         self.store = PrefixStore(where, samples, micro_batch, trained)
+
+    def set_levels(self, log_prob: Level, entropy: Level) -> None:
+        """Say what one number of later log-probabilities and entropies belongs to; both are ``chunk`` until then."""
+        self.sampling = replace(self.sampling, log_prob_level=log_prob, entropy_level=entropy)
+        # Anew, because captured graphs have the levels in them.
+        self._sampler = Sampler(
+            self.network, self.value_head, self.noise_head, self.sampling, self.action_dim, self._sampler.fast
+        )
 
     def prompt(self, observation: Observation) -> Prompt:
         """Pictures, prompt and state as the network takes them, without what nobody attends to.
@@ -204,8 +213,8 @@ class Pi05Policy:
         state = self.state_normalizer.normalize(observation.state.to(self.device))
         return replace(packed, state=pad_last(state, self.network.config.action_dim))
 
-    def _evaluate(self, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        prefix = self.store.fetch(chain, self._sampler.run_prefix)
+    def _evaluate(self, chain: Mapping[str, Tensor], extent: Extent) -> tuple[Tensor, Tensor, Tensor]:
+        prefix = self.store.fetch(chain, extent, self._sampler.run_prefix)
         return *self._sampler.log_prob(prefix, chain), self.value_head(chain["pooled"])
 
     def _find_trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

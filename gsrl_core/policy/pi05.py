@@ -47,9 +47,9 @@ class PrefixCache:
     """``valid`` if anything is masked, else None (the faster attention)."""
 
     @classmethod
-    def restore(cls, keys: Tensor, values: Tensor, valid: Tensor) -> PrefixCache:
-        """A cache from stored keys, values and mask."""
-        return cls(keys, values, valid, None, None if bool(valid.all()) else valid)
+    def restore(cls, keys: Tensor, values: Tensor, valid: Tensor, *, complete: bool) -> PrefixCache:
+        """A cache from stored keys, values and mask, of which all is valid if ``complete``."""
+        return cls(keys, values, valid, None, None if complete else valid)
 
 
 class Pi05(nn.Module):

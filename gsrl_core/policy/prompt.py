@@ -27,6 +27,8 @@ class Prompt:
     """bool [B, N] over pictures, then text, on the device of ``tokens``."""
     complete: bool
     """Nothing is masked (the faster attention)."""
+    on_host: Tensor | None = None
+    """``valid`` on the host, where somebody needs to keep it there."""
     state: Tensor | None = None
     """float32 [B, A] in network units, for pi0 only: it goes to the expert, not into the prefix."""
 
@@ -70,5 +72,6 @@ def pack(
     filled = int(token_mask.any(dim=0).sum())
     shown = [masks[slot][:, None].expand(-1, image_tokens) for slot in slots]
     valid = torch.cat([*shown, token_mask[:, :filled]], dim=1)
+    shown_images = tuple(images[slot] for slot in slots)
     placed = valid.to(tokens.device, non_blocking=True)
-    return Prompt(tuple(images[slot] for slot in slots), tokens[:, :filled], placed, bool(valid.all()))
+    return Prompt(shown_images, tokens[:, :filled], placed, bool(valid.all()), on_host=valid)

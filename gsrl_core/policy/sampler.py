@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gsrl_core.interfaces import Level
 from gsrl_core.policy import flow
 from gsrl_core.policy.fast import FastNetwork
 from gsrl_core.policy.graphs import GraphCache
@@ -36,6 +37,8 @@ class Sampling:
     """Flow-SDE."""
     noise_std_range: tuple[float, float] = (0.08, 0.16)
     """Flow-Noise."""
+    log_prob_level: Level = "chunk"
+    entropy_level: Level = "chunk"
 
 
 class Sampler:
@@ -75,9 +78,9 @@ class Sampler:
                 Flow-SDE, [B, N, H, A] for Flow-Noise) and, for Flow-SDE, ``step`` int64 [B].
 
         Returns:
-            ``x`` [B, H, A] in network units, ``value`` and ``log_prob`` float32 [B], ``pooled`` float32 [B, W],
-            ``keys`` and ``values`` [B, L, G, N, D], and the transitions: ``x_k``, ``x_next`` and ``step``, or the whole
-            ``x_chain`` [B, N + 1, H, A].
+            ``x`` [B, H, A] in network units, ``value`` float32 [B], ``log_prob`` float32 at its level, ``pooled``
+            float32 [B, W], ``keys`` and ``values`` [B, L, G, N, D], and the transitions: ``x_k``, ``x_next`` and
+            ``step``, or the whole ``x_chain`` [B, N + 1, H, A].
         """
         if self.fast is not None:
             self.fast.refresh()
@@ -89,7 +92,11 @@ class Sampler:
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def log_prob(self, prefix: PrefixCache, chain: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy [B] of stored transitions under the current weights, with gradients."""
+        """Log-probability and entropy of stored transitions under the current weights, at their levels, with gradients.
+
+        The deviations of Flow-SDE are a fixed schedule, so that its entropy says nothing of the policy: it counts as
+        zero, as in pi_RL's code.
+        """
         s, prefix = self.sampling, self._with_state(prefix, chain)
         if s.noise_method == "flow_sde":
             mean, std = flow.sde_step(
@@ -97,16 +104,16 @@ class Sampler:
                 chain["x_k"], chain["step"], s.denoise_steps, s.noise_level,
             )  # fmt: skip
             log_prob = flow.gaussian_log_prob(chain["x_next"], mean, std)
-            return self._executed(log_prob), self._executed(flow.gaussian_entropy(std))
+            return self._of_log_prob(log_prob), self._of_entropy(torch.zeros_like(std))
         velocity = self._noisy_velocity(lambda x, t: self.network.suffix(prefix, x, t))
         x = chain["x_chain"]
         unit = torch.ones_like(x[:, 0])
-        log_probs = [self._executed(flow.gaussian_log_prob(x[:, 0], torch.zeros_like(unit), unit))]
-        entropies = [self._executed(flow.gaussian_entropy(unit))]
+        log_probs = [self._of_log_prob(flow.gaussian_log_prob(x[:, 0], torch.zeros_like(unit), unit))]
+        entropies = [self._of_entropy(flow.gaussian_entropy(unit))]
         for i in range(s.denoise_steps):
             mean, std = flow.joint_step(velocity, x[:, i], i, s.denoise_steps)
-            log_probs.append(self._executed(flow.gaussian_log_prob(x[:, i + 1], mean, std)))
-            entropies.append(self._executed(flow.gaussian_entropy(std)))
+            log_probs.append(self._of_log_prob(flow.gaussian_log_prob(x[:, i + 1], mean, std)))
+            entropies.append(self._of_entropy(flow.gaussian_entropy(std)))
         # pi_RL takes the mean over the N + 1 terms of the joint density, not the sum.
         return torch.stack(log_probs).mean(dim=0), torch.stack(entropies).mean(dim=0)
 
@@ -155,13 +162,13 @@ class Sampler:
             self._velocity(prefix), draws["noise"], draws["innovation"], draws["step"], s.denoise_steps, s.noise_level
         )
         return {
-            "x": x, "log_prob": self._executed(log_prob), "x_k": before, "x_next": after, "step": draws["step"],
+            "x": x, "log_prob": self._of_log_prob(log_prob), "x_k": before, "x_next": after, "step": draws["step"],
         }  # fmt: skip
 
     def _explore_joint(self, prefix: PrefixCache, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         velocity = self._noisy_velocity(self._backend.denoiser(prefix))
         chain, log_prob = flow.sample_joint(velocity, draws["noise"], draws["innovation"], self.sampling.denoise_steps)
-        log_prob = torch.stack([self._executed(step) for step in log_prob.unbind(dim=1)])
+        log_prob = torch.stack([self._of_log_prob(step) for step in log_prob.unbind(dim=1)])
         return {"x": chain[:, -1], "log_prob": log_prob.mean(dim=0), "x_chain": chain}
 
     def _velocity(self, prefix: PrefixCache) -> flow.Velocity:
@@ -175,6 +182,15 @@ class Sampler:
 
         return velocity
 
-    def _executed(self, elementwise: Tensor) -> Tensor:
-        """Sum [B, H, A] over what is executed: padding and the rest of the horizon carry no gradient."""
-        return elementwise[:, : self.sampling.action_chunk, : self.executed_width].sum(dim=(1, 2))
+    def _of_log_prob(self, elementwise: Tensor) -> Tensor:
+        return self._executed(elementwise, self.sampling.log_prob_level)
+
+    def _of_entropy(self, elementwise: Tensor) -> Tensor:
+        return self._executed(elementwise, self.sampling.entropy_level)
+
+    def _executed(self, elementwise: Tensor, level: Level) -> Tensor:
+        """Sums [B, H, A] at a level over what is executed: padding and the rest of the horizon carry no gradient."""
+        executed = elementwise[:, : self.sampling.action_chunk, : self.executed_width]
+        if level == "token":
+            return executed
+        return executed.sum(dim=(1, 2) if level == "chunk" else 2)

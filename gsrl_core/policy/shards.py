@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from gsrl_core.policy.flow import NoiseHead
 from gsrl_core.policy.pi05 import Pi05
+from gsrl_core.policy.storage import Extent
 from gsrl_core.policy.value import ValueHead
 from gsrl_core.sharding import shard, shard_root
 
@@ -23,7 +24,7 @@ class Evaluator(nn.Module):
 
     def __init__(
         self,
-        run: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+        run: Callable[[Mapping[str, Tensor], Extent], tuple[Tensor, ...]],
         network: Pi05,
         value_head: ValueHead,
         noise_head: NoiseHead | None,
@@ -32,9 +33,9 @@ class Evaluator(nn.Module):
         self.network, self.value_head, self.noise_head = network, value_head, noise_head
         self._run = run
 
-    def forward(self, chain: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Log-probability, entropy and value, each [B]."""
-        return self._run(chain)
+    def forward(self, chain: Mapping[str, Tensor], extent: Extent) -> tuple[Tensor, ...]:
+        """Log-probability and entropy, each at its level, and value [B]."""
+        return self._run(chain, extent)
 
 
 def shard_evaluator(evaluator: Evaluator, network: Pi05, mesh: DeviceMesh) -> FSDPModule:

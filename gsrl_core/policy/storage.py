@@ -31,6 +31,16 @@ HOST_SHARE = 0.6
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of a batch of rows is used. Read on the host, so that the device is not waited for."""
+
+    columns: int
+    """Up to the last valid one of any row."""
+    complete: bool
+    """All of them are valid in all rows."""
+
+
+@dataclass(frozen=True)
 class Memory:
     """Free bytes."""
 
@@ -76,10 +86,10 @@ class PrefixStore:
         """Decided with the first batch, whose rows have a size."""
 
     def keep(self, prompt: Prompt, found: Mapping[str, Tensor], columns: int) -> dict[str, Tensor]:
-        """Rows of a chain.
+        """Rows of a chain; their mask stays on the host, where :meth:`extent` reads it.
 
         Args:
-            prompt: what was inferred.
+            prompt: what was inferred, from :func:`~gsrl_core.policy.prompt.pack`.
             found: ``keys``, ``values`` [B, L, G, N, D] and ``pooled`` [B, W].
             columns: length that all rows are padded to, so that those of different batches can be stacked.
         """
@@ -88,7 +98,8 @@ class PrefixStore:
         if self.place is None:
             row = 2 * keys[0].numel() // keys.shape[-2] * columns * keys.element_size()
             self.place = self._choose(row, keys.device)
-        rows = {"prefix_valid": functional.pad(prompt.valid, (0, missing)), "pooled": found["pooled"]}
+        assert prompt.on_host is not None
+        rows = {"prefix_valid": functional.pad(prompt.on_host, (0, missing)), "pooled": found["pooled"]}
         if self.place == "recompute":
             # The pictures were bytes.
             images = {name: _bytes(tensor) for name, tensor in prompt.tensors().items() if name.startswith("image")}
@@ -99,19 +110,24 @@ class PrefixStore:
         return rows if self.place == "device" else {name: _pinned(tensor) for name, tensor in rows.items()}
 
     @staticmethod
-    def fetch(rows: Mapping[str, Tensor], run_prefix: Callable[[Prompt], PrefixCache]) -> PrefixCache:
-        """The prefixes of rows that are on the device again; ``run_prefix`` computes those that were not kept."""
+    def extent(rows: Mapping[str, Tensor]) -> Extent:
+        """Of rows as they were kept."""
         valid = rows["prefix_valid"]
         columns = int(valid.any(dim=0).nonzero().amax()) + 1
-        valid = valid[:, :columns]
+        return Extent(columns, bool(valid[:, :columns].all()))
+
+    @staticmethod
+    def fetch(rows: Mapping[str, Tensor], extent: Extent, run_prefix: Callable[[Prompt], PrefixCache]) -> PrefixCache:
+        """The prefixes of rows that are on the device again; ``run_prefix`` computes those that were not kept."""
+        columns = extent.columns
+        valid = rows["prefix_valid"][:, :columns]
         if "prefix_keys" in rows:
-            return PrefixCache.restore(
-                rows["prefix_keys"][..., :columns, :], rows["prefix_values"][..., :columns, :], valid
-            )
+            keys, values = (rows[f"prefix_{name}"][..., :columns, :] for name in ("keys", "values"))
+            return PrefixCache.restore(keys, values, valid, complete=extent.complete)
         images = tuple(rows[name].float() / 255.0 * 2.0 - 1.0 for name in sorted(rows) if name.startswith("image"))
         text = rows["tokens"].shape[1] - (rows["prefix_valid"].shape[1] - columns)
         with torch.no_grad():
-            return run_prefix(Prompt(images, rows["tokens"][:, :text], valid, bool(valid.all())))
+            return run_prefix(Prompt(images, rows["tokens"][:, :text], valid, extent.complete))
 
     def _choose(self, row: int, device: torch.device) -> Place:
         needed, free = row * self._samples, free_memory(device)
@@ -126,10 +142,11 @@ class PrefixStore:
 
 
 def update_bytes(trained: int, micro_batch: int, row: int) -> int:
-    """What an update takes on the device beside the prefixes: gradients, two moments, working copies, activations.
+    """What an update takes on the device beside the prefixes: gradients, two moments, copies and activations.
 
     Args:
-        trained: float32 parameters.
+        trained: float32 parameters. The copies are at most one of them all at any time: weights in the activations'
+            dtype during a pass, gradients on their way to other processes after it.
         micro_batch: samples of a pass.
         row: bytes of a prefix. A pass gathers it and joins it with the expert's own keys and values for autograd, and
             what else autograd keeps of the full-size expert is three quarters of it (measured with chunks of 5).

@@ -1,6 +1,7 @@
-"""PPO's losses and diagnostics, element by element: every function maps [N] samples to [N] numbers.
+"""PPO's losses and diagnostics, element by element: every function maps numbers of a shape to numbers of the same one.
 
-Averaging is the caller's business, because a batch is spread over microbatches and processes.
+That shape is [N] samples; for what is made of log-probabilities also [N, H] or [N, H, A], where a sample has several
+ratios. Averaging is the caller's business, because a batch is spread over microbatches and processes.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from torch import Tensor
 MAX_LOG_RATIO = 20.0
 
 
-def log_ratio(log_prob: Float[Tensor, " N"], old_log_prob: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+def log_ratio(log_prob: Float[Tensor, " N *E"], old_log_prob: Float[Tensor, " N *E"]) -> Float[Tensor, " N *E"]:
     """Log π_new(a|s) - log π_old(a|s), limited to ±20."""
     return (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def policy_loss(
-    log_ratio: Float[Tensor, " N"],
-    advantages: Float[Tensor, " N"],
+    log_ratio: Float[Tensor, " N *E"],
+    advantages: Float[Tensor, " N *E"],
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
-) -> Float[Tensor, " N"]:
+) -> Float[Tensor, " N *E"]:
     """Clipped surrogate, to be minimised.
 
         L = max(-A ρ, -A clip(ρ, 1 - ε_low, 1 + ε_high)),   ρ = exp(log_ratio)
@@ -43,8 +44,8 @@ def policy_loss(
 
 
 def policy_clipped(
-    log_ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"], *, clip_low: float, clip_high: float
-) -> Bool[Tensor, " N"]:
+    log_ratio: Float[Tensor, " N *E"], advantages: Float[Tensor, " N *E"], *, clip_low: float, clip_high: float
+) -> Bool[Tensor, " N *E"]:
     """Where the clip is active, that is, where it takes the gradient away (the seed's ``pg_clipfrac`` is its mean)."""
     ratio = log_ratio.exp()
     return torch.where(advantages > 0, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantages < 0))
@@ -76,11 +77,11 @@ def value_clipped(
     return (value - old_value).abs() > value_clip
 
 
-def kl_k1(log_ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+def kl_k1(log_ratio: Float[Tensor, " N *E"]) -> Float[Tensor, " N *E"]:
     """-log ρ: unbiased estimate of KL(old || new) from samples of old, of any sign (joschu.net/blog/kl-approx.html)."""
     return -log_ratio
 
 
-def kl_k3(log_ratio: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+def kl_k3(log_ratio: Float[Tensor, " N *E"]) -> Float[Tensor, " N *E"]:
     """(ρ - 1) - log ρ: unbiased estimate of KL(old || new) that is never negative (same source)."""
     return log_ratio.expm1() - log_ratio

@@ -7,6 +7,13 @@ the same number of passes, because sharded weights are gathered in every pass by
 The rollout's log-probabilities may be of another arithmetic than the learner's: a compiled sampler in bfloat16 is off
 by delta_mean / std in each of a chunk's entries, which for pi0.5 adds up to several hundredths, and the surrogate's
 ratio starts beside 1. Where that is so, the learner evaluates all samples first, and its numbers are the old ones.
+
+A sample is a chunk, with one advantage. Its ratio may be one number, or one for each executed action, or one for each
+entry of those (:data:`~gsrl_core.interfaces.Level`). The advantage is that of all its entries, and the actor's loss is
+the mean over them: at ratio 1 the gradient is the chunk's divided by their number. An episode that ends inside a chunk
+does not mask the rest of it, as the policy chose it all the same (RLinf masks whole chunks likewise). Estimates of the
+KL divergence are sums over a chunk's entries, so that ``target_kl`` has one meaning at all levels; its penalty is a
+mean over entries, as the surrogate that it is weighed against.
 """
 
 from __future__ import annotations
@@ -22,9 +29,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from gsrl_core.errors import TrainingError
-from gsrl_core.interfaces import Policy
+from gsrl_core.interfaces import Level, Policy
 from gsrl_core.rl import losses
-from gsrl_core.rl.returns import explained_variance, generalized_advantages
+from gsrl_core.rl.returns import generalized_advantages
 from gsrl_core.rl.rollout import Rollout
 from gsrl_core.sharding import memory_of, own_part, reduce_gradients, whole
 
@@ -53,6 +60,10 @@ class TrainablePolicy(Policy, Protocol):
         """Say how what its chains hold of ``samples`` samples is kept until updates in passes of ``micro_batch``."""
         ...
 
+    def set_levels(self, log_prob: Level, entropy: Level) -> None:
+        """Say what one number of later log-probabilities and entropies belongs to; both are ``chunk`` until then."""
+        ...
+
 
 class Collective(Protocol):
     """What processes that train together do together."""
@@ -73,11 +84,14 @@ class Collective(Protocol):
 class PpoSettings:
     """Constants of the update; meanings and ranges are those of the ``ppo`` section of the configuration."""
 
+    iterations: int
     update_epochs: int
     global_batch: int
     micro_batch: int
     learning_rate: float
     value_learning_rate: float
+    warmup_steps: int
+    lr_schedule: Literal["constant", "cosine"]
     weight_decay: float
     max_grad_norm: float
     gamma: float
@@ -102,6 +116,7 @@ class _Batch:
     """The N samples of this process, aligned with the rows of the rollout's chain."""
 
     log_prob: Tensor
+    """[N], or with one or two more dimensions at a finer level; the others are [N]."""
     value: Tensor
     advantages: Tensor
     returns: Tensor
@@ -110,8 +125,15 @@ class _Batch:
 TOLERATED_MISMATCH = 1e-3
 """Of a log-probability between rollout and learner. Float32 is off by about 1e-5, bfloat16 by some 1e-2."""
 
+BUCKET = 1 << 24
+"""Gradients that are summed over processes at once: few calls, and a copy of 64 MiB rather than of all of them."""
+
 # Sums over samples that every minibatch collects, in this order.
 _SUMS = ("loss", "value_loss", "entropy", "approx_kl", "kl_k3", "pg_clipfrac", "value_clip_ratio", "total_loss")
+_ALIASES = {
+    "actor/policy_loss": "actor/loss", "actor/clip_fraction": "actor/pg_clipfrac",
+    "critic/value_loss": "actor/value_loss", "critic/value_clip_ratio": "actor/value_clip_ratio",
+}  # fmt: skip
 # Tensors of a pass that are checked for non-finite numbers, in this order.
 _CHECKED = ("advantages", "entropy", "log_prob", "loss", "old_log_prob", "old_value", "returns", "value")
 
@@ -121,9 +143,10 @@ class Learner:
 
     def __init__(self, policy: TrainablePolicy, settings: PpoSettings, collective: Collective) -> None:
         self.policy, self.settings, self.collective = policy, settings, collective
-        self.groups = {name: list(parameters) for name, parameters in policy.trainable_parameters().items()}
-        if set(self.groups) != {"actor", "critic"} or not all(self.groups.values()):
-            raise TrainingError(f"trainable parameters must be of 'actor' and 'critic'; given {sorted(self.groups)}")
+        given = policy.trainable_parameters()
+        if set(given) != {"actor", "critic"} or not all(given.values()):
+            raise TrainingError(f"trainable parameters must be of 'actor' and 'critic'; given {sorted(given)}")
+        self.groups = {name: list(given[name]) for name in ("actor", "critic")}
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.groups["actor"], "lr": settings.learning_rate},
@@ -135,8 +158,12 @@ class Learner:
             fused=all(parameter.is_cuda for group in self.groups.values() for parameter in group) or None,
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.steps = dict.fromkeys(self.groups, 0)
+        """Optimizer steps that each group has made."""
         self.iteration = 0
         """Updates done so far."""
+        self._at = ""
+        """Where in training the learner is, for messages: counted from 1, as progress and metrics are."""
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One iteration: ``update_epochs`` passes over the rollouts of all processes. Returns metrics by name.
@@ -156,7 +183,8 @@ class Learner:
         first_epoch = shares[: len(shares) // self.settings.update_epochs]
         batch, mismatch = self._in_own_arithmetic(rollout, batch, [piece for share in first_epoch for piece in share])
         metrics |= mismatch
-        for minibatch, share in zip(minibatches, shares, strict=True):
+        for number, (minibatch, share) in enumerate(zip(minibatches, shares, strict=True)):
+            self._at = self._position(number, len(minibatches))
             minibatch_sums = self._accumulate_gradients(rollout, batch, share, len(minibatch), warming_up)
             sums += minibatch_sums
             seen += len(minibatch)
@@ -168,6 +196,10 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         metrics |= {f"actor/{name}": value for name, value in zip(_SUMS, (sums / seen).tolist(), strict=True)}
+        # As they are called in RLinf's code; the first names are those of the seed's specification.
+        metrics |= {alias: metrics[name] for alias, name in _ALIASES.items()}
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            metrics[f"{name}/learning_rate"] = group["lr"] if norms else 0.0
         metrics["actor/grad_norm"] = sum(norms) / max(1, len(norms))
         metrics["actor/optimizer_steps"] = float(len(norms))
         metrics["actor/stopped_by_kl"] = float(stopped)
@@ -180,6 +212,7 @@ class Learner:
         """
         return {
             "iteration": self.iteration,
+            "steps": dict(self.steps),
             "parameters": {name: [p.detach() for p in group] for name, group in self.groups.items()},
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -208,7 +241,7 @@ class Learner:
         }
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.generator.set_state(state["generator"].cpu())
-        self.iteration = state["iteration"]
+        self.iteration, self.steps = state["iteration"], dict(state["steps"])
 
     def _prepare(self, rollout: Rollout) -> tuple[_Batch, dict[str, float]]:
         advantages, returns = generalized_advantages(
@@ -231,12 +264,19 @@ class Learner:
             "rollout/samples": count,
             "critic/explained_variance": self._explained_variance(value, batch_returns, count),
         }
+        for name, samples in (("advantages", raw), ("returns", batch_returns)):
+            metrics[f"rollout/{name}_min"], metrics[f"rollout/{name}_max"] = self._range(samples)
         return _Batch(rollout.samples(rollout.log_prob), value, scaled.float(), batch_returns), metrics
 
+    def _range(self, samples: Tensor) -> tuple[float, float]:
+        """Smallest and largest of all processes' samples [N]; some may have none."""
+        nothing = samples.new_tensor([math.inf, -math.inf])
+        own = torch.stack([samples.min(), samples.max()]) if len(samples) else nothing
+        lowest, highest = self.collective.gather(own.double()).unbind(dim=1)
+        return float(lowest.min()), float(highest.max())
+
     def _explained_variance(self, value: Tensor, returns: Tensor, count: float) -> float:
-        if self.collective.world_size == 1:
-            return explained_variance(value, returns)
-        # 1 - Var(R - V) / Var(R) from the moments of all processes' samples together.
+        """1 - Var(R - V) / Var(R) of all processes' samples; 0 is no better than a constant, and for constant R."""
         both = torch.stack([returns.double(), returns.double() - value.double()])
         mean = self.collective.sum(both.sum(1)) / count
         variance = self.collective.sum(((both - mean[:, None]) ** 2).sum(1))
@@ -286,12 +326,20 @@ class Learner:
         index = torch.cat([*passes, torch.zeros(0, dtype=torch.int64)])
         off = (evaluated.log_prob[index] - rolled_out.log_prob[index]).abs().double()
         largest = off.max() if len(off) else off.new_zeros(())
-        own = torch.stack([off.sum(), off.new_tensor(len(off)), largest])
+        own = torch.stack([off.sum(), off.new_tensor(off.numel()), largest])
         sums, counts, maxima = self.collective.gather(own).unbind(dim=1)
         return {
             "rollout/log_prob_mismatch_mean": float(sums.sum() / counts.sum()),
             "rollout/log_prob_mismatch_max": float(maxima.max()),
         }
+
+    def _position(self, number: int, minibatches: int) -> str:
+        """In words: minibatch ``number`` (from 0) of the iteration's ``minibatches``, one optimizer step each."""
+        an_epoch = minibatches // self.settings.update_epochs
+        return (
+            f"iteration {self.iteration + 1}, update epoch {number // an_epoch + 1} of {self.settings.update_epochs}, "
+            f"minibatch {number % an_epoch + 1} of {an_epoch} (optimizer step {number + 1} of the iteration)"
+        )
 
     def _minibatches(self, total: int) -> list[Tensor]:
         # Even pieces of at most global_batch: a small remainder would weigh its samples more than the others'.
@@ -333,16 +381,17 @@ class Learner:
             if len(index):
                 sums.append(torch.stack([term.detach().double().sum() for term in terms]))
                 broken.append(torch.stack([(~named[name].detach().isfinite()).any().float() for name in _CHECKED]))
-        total = self.collective.sum(torch.stack([part.cpu() for part in sums]).sum(0))
-        if not total.isfinite().all():
-            found = self.collective.sum(torch.stack([part.cpu() for part in broken]).sum(0)).tolist()
-            culprits = [name for name, count in zip(_CHECKED, found, strict=True) if count]
-            # A statistic that is not part of the loss may overflow alone.
-            culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
+        counted = torch.cat([torch.stack([part.cpu().double() for part in parts]).sum(0) for parts in (sums, broken)])
+        # One sum for both: what is not finite in one process stops all of them here. The flags decide, not the sums
+        # alone, because a limited log-ratio makes a finite loss of an infinite log-probability.
+        total, found = self.collective.sum(counted).split([len(_SUMS), len(_CHECKED)])
+        culprits = [name for name, count in zip(_CHECKED, found.tolist(), strict=True) if count]
+        # A statistic that is not part of the loss may overflow alone.
+        culprits = culprits or [name for name, value in zip(_SUMS, total, strict=True) if not value.isfinite()]
+        if culprits:
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite numbers in {', '.join(culprits)}; resume from the last "
-                "checkpoint with a smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the "
-                "iterations before"
+                f"{self._at}: non-finite numbers in {', '.join(culprits)}; resume from the last checkpoint with a "
+                "smaller ppo.learning_rate, and look at actor/approx_kl and actor/grad_norm of the iterations before"
             )
         return total
 
@@ -354,15 +403,16 @@ class Learner:
         advantages, old_value = batch.advantages[index].to(device), batch.value[index].to(device)
         returns, old_log_prob = batch.returns[index].to(device), batch.log_prob[index].to(device)
         ratio = losses.log_ratio(now.log_prob, old_log_prob)
+        spread = advantages.reshape(-1, *[1] * (ratio.ndim - 1)).expand_as(ratio)
         clip = {"clip_low": s.clip_low, "clip_high": s.clip_high}
-        surrogate = losses.policy_loss(ratio, advantages, **clip, dual_clip=s.dual_clip)
+        surrogate = _mean(losses.policy_loss(ratio, spread, **clip, dual_clip=s.dual_clip))
         critic = losses.value_loss(now.value, old_value, returns, value_clip=s.value_clip, huber_delta=s.huber_delta)
-        penalty = losses.kl_k3(ratio)
-        actor = surrogate - s.entropy_coef * now.entropy + s.kl_coef * penalty
+        divergence, entropy = losses.kl_k3(ratio), _mean(now.entropy)
+        actor = surrogate - s.entropy_coef * entropy + s.kl_coef * _mean(divergence)
         total = s.value_coef * critic if warming_up else s.value_coef * critic + actor
         terms = (
-            surrogate, critic, now.entropy, losses.kl_k1(ratio), penalty,
-            losses.policy_clipped(ratio, advantages, **clip),
+            surrogate, critic, entropy, _chunk(losses.kl_k1(ratio)), _chunk(divergence),
+            _mean(losses.policy_clipped(ratio, spread, **clip).to(ratio.dtype)),
             losses.value_clipped(now.value, old_value, value_clip=s.value_clip),
             total,
         )  # fmt: skip
@@ -390,14 +440,30 @@ class Learner:
                 if parameter.grad is not None and not whole(parameter.grad).isfinite().all()
             ]
             raise TrainingError(
-                f"iteration {self.iteration}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
+                f"{self._at}: non-finite gradients of {', '.join(bad[:8])} ({len(bad)} tensors); "
                 "resume from the last checkpoint with a smaller ppo.learning_rate"
             )
         nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        self._set_rates()
         self.optimizer.step()
         # The fused optimizer does not count, and copies of the weights are renewed when the count has changed.
         torch.autograd.graph.increment_version(parameters)
         return float(norm)
+
+    def _set_rates(self) -> None:
+        """Learning rates of the step that follows, and its number.
+
+        Warm-up counts a group's own steps, so that the actor warms up after the critic's warm-up too. The cosine falls
+        from iteration to iteration, because how many steps one has depends on how long its episodes were.
+        """
+        s = self.settings
+        cosine = 0.5 * (1 + math.cos(math.pi * self.iteration / s.iterations)) if s.lr_schedule == "cosine" else 1.0
+        full = {"actor": s.learning_rate, "critic": s.value_learning_rate}
+        frozen = {"actor"} if self.iteration < s.critic_warmup_iterations else set()
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            self.steps[name] += name not in frozen
+            warm = min(1.0, self.steps[name] / s.warmup_steps) if s.warmup_steps else 1.0
+            group["lr"] = 0.0 if name in frozen else full[name] * warm * cosine
 
     def _trained(self) -> list[nn.Parameter]:
         # AdamW leaves parameters without a gradient alone, weight decay included: that is the critic's warm-up.
@@ -408,8 +474,31 @@ class Learner:
         return [*self.groups["actor"], *self.groups["critic"]]
 
 
+def _mean(entries: Tensor) -> Tensor:
+    """Of each sample's entries: [N, ...] -> [N]."""
+    return entries if entries.ndim == 1 else entries.flatten(1).mean(dim=1)
+
+
+def _chunk(entries: Tensor) -> Tensor:
+    """Sum of each sample's entries, [N, ...] -> [N]: a divergence of the whole chunk, whatever the ratio's level."""
+    return entries if entries.ndim == 1 else entries.flatten(1).sum(dim=1)
+
+
 def _sum_gradients(parameters: list[nn.Parameter], collective: Collective) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = collective.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    for gradient, piece in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for bucket in _buckets(gradients):
+        flat = collective.sum(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        for gradient, piece in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of at most ``BUCKET`` numbers together; a larger tensor is alone."""
+    buckets, room = [], 0
+    for tensor in tensors:
+        if tensor.numel() > room or not buckets:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets

@@ -55,11 +55,3 @@ def generalized_advantages(
         future = torch.where(valid[t], future, zero[t])
         advantages[t] = future
     return advantages, torch.where(valid, advantages + value, zero)
-
-
-def explained_variance(prediction: Float[Tensor, " N"], target: Float[Tensor, " N"]) -> float:
-    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 no better than a constant, 0 for constant targets."""
-    variance = target.double().var(correction=0)
-    if variance <= 0:
-        return 0.0
-    return float(1 - (target.double() - prediction.double()).var(correction=0) / variance)

@@ -23,7 +23,7 @@ class Rollout:
     """T chunks of B episodes. Where ``valid`` is false the episode was over and the other fields are zero."""
 
     log_prob: Tensor
-    """float32 [T, B]."""
+    """float32 [T, B], [T, B, H] or [T, B, H, A], as the policy's level says."""
     value: Tensor
     """float32 [T, B]: critic of the observation the chunk was chosen in."""
     next_value: Tensor
@@ -48,8 +48,8 @@ class Rollout:
         return len(self.position)
 
     def samples(self, grid: Tensor) -> Tensor:
-        """Of a [T, B] tensor the entries of the stored samples, [N] in the order of ``chain``."""
-        return grid.reshape(-1)[self.position]
+        """Of a [T, B, ...] tensor the entries of the stored samples, [N, ...] in the order of ``chain``."""
+        return grid.flatten(0, 1)[self.position]
 
     def cpu(self) -> Rollout:
         """The same with the chain in host memory (the rest is there always)."""
@@ -171,7 +171,7 @@ def split(rollout: Rollout, parts: int) -> list[Rollout]:
 
 
 def _padded(grid: Tensor, length: int) -> Tensor:
-    return torch.cat([grid, grid.new_zeros(length - len(grid), grid.shape[1])])
+    return torch.cat([grid, grid.new_zeros(length - len(grid), *grid.shape[1:])])
 
 
 def join_stats(parts: Sequence[EpisodeStats]) -> EpisodeStats:
@@ -302,7 +302,8 @@ class _Stage:
             self.rows[-1]["next_value"][active] = value.detach().cpu().float()
 
     def _open_row(self, active: Tensor, sample: ActionSample) -> None:
-        row = {name: torch.zeros(self.env.num_envs) for name in ("log_prob", "value", "next_value", "reward")}
+        row = {name: torch.zeros(self.env.num_envs) for name in ("value", "next_value", "reward")}
+        row["log_prob"] = torch.zeros(self.env.num_envs, *sample.log_prob.shape[1:])
         row["log_prob"][active] = sample.log_prob.detach().cpu().float()
         row["value"][active] = sample.value.detach().cpu().float()
         row["valid"] = ~self.done

@@ -22,6 +22,11 @@ def test_full_is_the_seeds_recipe():
     assert (full.sim.sim_hz, full.sim.control_hz, full.policy.noise_level) == (500, 10, 0.5)
 
 
+def test_the_entropy_has_a_weight_where_the_noise_is_learned():
+    changed = config.load("laptop", {"ppo.entropy_coef": 0.005, "policy.noise_method": "flow_noise"})
+    assert changed.ppo.entropy_coef == 0.005
+
+
 def test_override_replaces_one_value_only():
     changed = config.load("laptop", {"ppo.learning_rate": 1e-6})
     assert changed.ppo.learning_rate == 1e-6
@@ -55,6 +60,8 @@ def test_override_replaces_one_value_only():
         ({"sim.cameras": [{"name": "a"}, {"name": "a"}]}, "every name only once"),
         ({"sim.instruction": ""}, "sim.instruction: String should have at least 1 character"),
         ({"evaluation.perturbations": ["pose", "pose"]}, "every one only once"),
+        ({"ppo.entropy_coef": 0.01, "policy.noise_method": "flow_sde"}, "nothing with policy.noise_method flow_sde"),
+        ({"ppo.logprob_level": "tokens"}, "ppo.logprob_level: Input should be 'chunk', 'action' or 'token'"),
         ({"cluster.data_parallel": "fsdp2"}, "set cluster.runtime to ray"),
         ({"cluster.pipeline_stage_num": 7}, "must be a multiple of cluster.pipeline_stage_num"),
     ],

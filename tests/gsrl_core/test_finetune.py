@@ -98,11 +98,33 @@ def test_a_killed_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
+def test_the_levels_of_log_prob_and_entropy_reach_the_policy(tmp_path):
+    runs = {}
+    for name, levels in {"seed": {}, "action": {"ppo__logprob_level": "action", "ppo__entropy_level": "chunk"}}.items():
+        _, history, _ = run(tmp_path / name, ppo__iterations=1, **levels)
+        runs[name] = history[0]
+    # The toy's chunk has two actions of one entry each.
+    assert runs["action"]["actor/entropy"] == pytest.approx(2 * runs["seed"]["actor/entropy"], rel=1e-2)
+    assert runs["action"]["actor/pg_clipfrac"] != runs["seed"]["actor/pg_clipfrac"]
+
+
 def test_more_iterations_continue_a_finished_run(tmp_path):
     run(tmp_path / "a", ppo__iterations=2)
     _, history, _ = run(tmp_path / "a", ppo__iterations=3)
     _, direct, _ = run(tmp_path / "b", ppo__iterations=3)
     assert timeless(history) == timeless(direct)
+
+
+def test_a_cosine_has_the_length_that_it_was_begun_with_and_resumes_in_its_place(tmp_path):
+    schedule = {"ppo__lr_schedule": "cosine", "ppo__warmup_steps": 4}
+    _, whole, _ = run(tmp_path / "whole", **schedule)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", Recorder(stop_after=3), **schedule)
+    _, resumed, _ = run(tmp_path / "killed", **schedule)
+    assert timeless(resumed) == timeless(whole)
+    assert [row["actor/learning_rate"] for row in whole][2:] == pytest.approx([3e-3 * 0.5, 3e-3 * 0.1464466], rel=1e-5)
+    with pytest.raises(TrainingError, match="another checkpoint, scene or settings"):
+        run(tmp_path / "killed", ppo__iterations=5, **schedule)
 
 
 def test_a_workspace_of_other_settings_is_refused_and_a_torn_one_begun_anew(tmp_path, caplog):
@@ -137,7 +159,7 @@ def test_pipeline_stages_train_too_and_local_runs_refuse_several_processes(tmp_p
 
 
 def test_two_ray_actors_make_the_updates_of_one_process_on_the_union(tmp_path, ray_finds_toy):
-    ray = {"cluster__runtime": "ray", "ppo__iterations": 2}
+    ray = {"cluster__runtime": "ray", "ppo__iterations": 2, "ppo__logprob_level": "action"}
     _, two, two_weights = run(tmp_path / "two", cluster__component_placement={"env,rollout,actor": "0:0-1"}, **ray)
     # The same two collectors (same seeds and noise), but one learner elsewhere: episodes and weights travel. One
     # collector dies in the second iteration and must come back with the weights that were learned meanwhile.

@@ -24,6 +24,7 @@ from gsrl_core.sharding import whole  # noqa: E402
 from gsrl_core.training import _on_cpu  # noqa: E402
 
 SETTINGS = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=2, global_batch=24, micro_batch=7, learning_rate=1e-3, value_learning_rate=1e-3, weight_decay=0.01,
     max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.1, target_kl=None, critic_warmup_iterations=0,
@@ -36,7 +37,13 @@ KINDS = {
     "toy": {},
     "warm-up": {"critic_warmup_iterations": 1},
     "flow_sde": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
-    "flow_noise": {"noise_method": "flow_noise", "precision": "float32", "where": "recompute", "checkpointing": True},
+    "flow_noise": {
+        "noise_method": "flow_noise",
+        "precision": "float32",
+        "where": "recompute",
+        "checkpointing": True,
+        "level": "token",
+    },
     "pi0": {"noise_method": "flow_sde", "precision": "float32", "where": "device", "checkpointing": False},
     "bfloat16": {"noise_method": "flow_sde", "precision": "bfloat16", "where": "recompute", "checkpointing": True},
 }
@@ -51,6 +58,7 @@ def make_policy(kind, folder, device="cpu"):
     policy = load_policy(folder / family, denoise_steps=3, action_chunk=2, device=device, compile="never", **sampling)
     policy.network.gradient_checkpointing = options["checkpointing"]
     policy.keep_prefixes(options["where"], 1000, SETTINGS.micro_batch)
+    policy.set_levels(options.get("level", "chunk"), "token")
     return policy
 
 
@@ -66,7 +74,7 @@ def rollout_of(kind, folder, rank, iteration):
         seeds = range(seed * 100, seed * 100 + count)
         return collect([ReachEnv(count)], policy, seeds, generator, max_chunks=4)[0]
     sample = policy.act(make_observation(2 * count, seed), generator, explore=True)
-    value, old = sample.value.view(2, count), sample.log_prob.view(2, count)
+    value, old = sample.value.view(2, count), sample.log_prob.unflatten(0, (2, count))
     flags = torch.zeros(2, count, dtype=torch.bool)
     reward = torch.rand(2, count, generator=generator)
     return Rollout(old, value, value, reward, flags, flags, ~flags, (sample.chain,), torch.arange(2 * count))
@@ -94,7 +102,7 @@ def own(tensor):
 def failures(group, policy_of):
     """Messages of a non-finite sample of the second process, and of a gradient of its that is not finite."""
     rollout, messages = rollout_of("toy", None, group.rank, 0), []
-    poisoned = replace(rollout, log_prob=rollout.log_prob.where(~rollout.valid, torch.nan)) if group.rank else rollout
+    poisoned = replace(rollout, log_prob=rollout.log_prob.where(~rollout.valid, torch.inf)) if group.rank else rollout
 
     def spoil(module, inputs, output):
         module.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -234,7 +242,8 @@ def test_a_process_holds_its_share_of_the_weights(two, kind):
 def test_all_processes_name_what_is_not_finite_in_one(two, sharded):
     for found in two:
         sample, gradient = found["failures"][sharded]
-        assert sample.startswith("iteration 0: non-finite numbers in loss, old_log_prob;")
+        assert sample.startswith("iteration 1, update epoch 1 of 2, minibatch 1 of ")
+        assert "non-finite numbers in old_log_prob;" in sample
         assert "non-finite gradients of critic.2.weight (1 tensors)" in gradient
 
 

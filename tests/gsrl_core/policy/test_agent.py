@@ -104,7 +104,8 @@ def test_the_critic_alone_is_the_critic_of_exploration(policy):
     torch.testing.assert_close(policy.value(observation), policy.act(observation, generator(), explore=True).value)
 
 
-def test_entropy_is_minus_the_expected_log_prob(policy):
+def test_entropy_is_minus_the_expected_log_prob(folder):
+    policy = make_policy(folder, noise_method="flow_noise")
     observation = make_observation(1)
     many = Observation(
         {name: image.expand(4000, -1, -1, -1) for name, image in observation.rgb.items()},
@@ -115,6 +116,19 @@ def test_entropy_is_minus_the_expected_log_prob(policy):
     with torch.no_grad():
         entropy = policy.evaluate(sample.chain).entropy
     assert entropy.mean().item() == pytest.approx(-sample.log_prob.mean().item(), abs=0.15)
+
+
+def test_fixed_noise_has_no_entropy_and_levels_keep_the_sum(folder):
+    sample = make_policy(folder).act(make_observation(2), generator(), explore=True)
+    assert not make_policy(folder).evaluate(sample.chain).entropy.any()
+    learned = make_policy(folder, noise_method="flow_noise")
+    chain = learned.act(make_observation(2), generator(), explore=True).chain
+    total = learned.evaluate(chain).entropy
+    for level, shape in (("action", (2, 2)), ("token", (2, 2, 7))):
+        learned.set_levels("chunk", level)
+        now = learned.evaluate(chain)
+        assert now.log_prob.shape == (2,) and now.entropy.shape == shape
+        torch.testing.assert_close(now.entropy.flatten(1).sum(1), total)
 
 
 def test_joint_log_prob_is_the_mean_over_steps(folder):
@@ -210,4 +224,5 @@ def test_nothing_is_left_on_the_host(policy):
     for explore in (True, False):
         sample = policy.act(make_observation(3), generator(), explore=explore)
         assert {tensor.device.type for tensor in (sample.actions, sample.log_prob, sample.value)} == {"meta"}
-        assert all(tensor.device.type == "meta" for tensor in sample.chain.values())
+        on_host = {name for name, tensor in sample.chain.items() if tensor.device.type != "meta"}
+        assert on_host == ({"prefix_valid"} if explore else set())  # the mask decides shapes

@@ -14,6 +14,32 @@ def test_sde_table_matches_the_published_vector():
     torch.testing.assert_close(std, torch.tensor([0.5000, 0.4472, 0.2739, 0.1826, 0.1118]), atol=6e-5, rtol=0)
 
 
+def test_sigma_matches_the_published_vector():
+    # facts 1.1: sigma = 0.5 sqrt(t / (1 - t')), with t' = 0.8 at t = 1; std = sigma / sqrt(5)
+    _, _, std = flow.sde_table(5, 0.5)
+    expected = torch.tensor([1.1180, 1.0000, 0.6124, 0.4082, 0.2500])
+    torch.testing.assert_close(std * math.sqrt(5), expected, atol=6e-5, rtol=0)
+    # The scale is a factor, and the schedule does not know it.
+    torch.testing.assert_close(flow.sde_table(5, 1.0)[2], 2 * std)
+
+
+def test_sde_mean_is_the_papers_path_derived_anew_and_not_its_printed_equation_9():
+    # facts 1.1: the paper's tau runs from noise to action, and v = a - eps. With tau = 1 - t and v = -u the step is
+    #   mu = A + d [v - sigma^2 / (2 (1 - tau)) (A - tau v)];
+    # its Eq. 9 as printed, A + d [v + sigma^2 / (2 tau) (A + (1 - tau) v)], is Flow-GRPO's and another number.
+    steps, level = 5, 0.5
+    x, u = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(11)).unbind(0)
+    w0, w1, std = flow.sde_table(steps, level)
+    for i, t in enumerate([1.0, 0.8, 0.6, 0.4, 0.2]):
+        tau, v, sigma_squared = 1 - t, -u, float(std[i]) ** 2 * steps
+        mean = flow.transition_mean(x, u, torch.tensor([t]), w0[i : i + 1], w1[i : i + 1])
+        derived = x + (v - sigma_squared / (2 * (1 - tau)) * (x - tau * v)) / steps
+        torch.testing.assert_close(mean, derived, atol=1e-6, rtol=1e-5)
+        if tau > 0:
+            printed = x + (v + sigma_squared / (2 * tau) * (x + (1 - tau) * v)) / steps
+            assert (printed - mean).abs().max() > 1e-2
+
+
 def test_sde_mean_equals_flow_grpo_form():
     # mu = x - d [v + sigma^2 / (2 t) (x + (1 - t) v)]
     steps, level = 5, 0.5

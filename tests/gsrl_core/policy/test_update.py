@@ -15,6 +15,7 @@ from gsrl_core.rl.rollout import Rollout
 
 CHUNKS, EPISODES = 3, 4
 FROZEN = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=2, global_batch=4, micro_batch=3, learning_rate=0.0, value_learning_rate=0.0, weight_decay=0.01,
     max_grad_norm=1.0, gamma=0.99, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.2,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
@@ -23,8 +24,8 @@ FROZEN = PpoSettings(
 PLACES = ("device", "host", "recompute")
 
 
-def make_policy(folder, place, precision="float32", device="cpu"):
-    sampling = {"denoise_steps": 3, "action_chunk": 2, "noise_method": "flow_sde"}
+def make_policy(folder, place, precision="float32", device="cpu", noise_method="flow_sde"):
+    sampling = {"denoise_steps": 3, "action_chunk": 2, "noise_method": noise_method}
     policy = load_policy(folder, **sampling, precision=precision, device=device)
     policy.keep_prefixes(place, CHUNKS * EPISODES, FROZEN.micro_batch)
     return policy
@@ -66,6 +67,33 @@ def test_the_ratio_is_one_in_every_epoch_while_no_weight_moves(folder, place, pr
     assert abs(metrics["actor/approx_kl"]) < tolerance
     assert metrics["actor/kl_k3"] < tolerance**2
     assert metrics["actor/pg_clipfrac"] == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "noise_method"), [("device", "flow_noise"), ("host", "flow_sde"), ("recompute", "flow_sde")]
+)
+def test_levels_have_the_chunks_gradient_over_the_number_of_ratios(folder, place, noise_method):
+    settings = replace(FROZEN, update_epochs=1, global_batch=1000, max_grad_norm=1e9)
+    found = {}
+    for level in ("chunk", "action", "token"):
+        policy = make_policy(folder, place, noise_method=noise_method)
+        policy.set_levels(level, "chunk")
+        rollout, learner, taken = make_rollout(policy), Learner(policy, settings, SingleProcess()), []
+        assert rollout.log_prob.shape[2:] == {"chunk": (), "action": (2,), "token": (2, 7)}[level]
+
+        def step(policy=policy, taken=taken):
+            actor = policy.trainable_parameters()["actor"]
+            taken.append(torch.cat([parameter.grad.reshape(-1) for parameter in actor]))
+
+        learner.optimizer.step = step
+        metrics = learner.update(rollout)
+        assert metrics["rollout/log_prob_mismatch_max"] < 1e-4 and metrics["actor/kl_k3"] < 1e-8
+        found[level] = rollout.log_prob, taken[0]
+    sums, gradient = found["chunk"]
+    torch.testing.assert_close(found["token"][0].sum((2, 3)), sums, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found["action"][0].sum(2), sums, rtol=1e-5, atol=1e-4)
+    for level, ratios in (("action", 2), ("token", 14)):
+        assert (found[level][1] * ratios - gradient).norm() < 1e-3 * gradient.norm()
 
 
 @pytest.mark.parametrize("place", ["host", "recompute"])

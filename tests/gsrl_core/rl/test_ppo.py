@@ -8,12 +8,13 @@ import torch
 from toy import GaussianPolicy, ReachEnv
 
 from gsrl_core.errors import TrainingError
-from gsrl_core.rl import losses
+from gsrl_core.rl import losses, ppo
 from gsrl_core.rl.ppo import Learner, PpoSettings
 from gsrl_core.rl.returns import generalized_advantages
-from gsrl_core.rl.rollout import collect, concatenate
+from gsrl_core.rl.rollout import Rollout, collect, concatenate
 
 SETTINGS = PpoSettings(
+    iterations=10, warmup_steps=0, lr_schedule="constant",
     update_epochs=4, global_batch=128, micro_batch=64, learning_rate=3e-3, value_learning_rate=1e-2, weight_decay=0.0,
     max_grad_norm=1.0, gamma=0.95, gae_lambda=0.95, clip_low=0.2, clip_high=0.2, dual_clip=None, value_clip=0.5,
     huber_delta=10.0, value_coef=1.0, entropy_coef=0.0, kl_coef=0.0, target_kl=None, critic_warmup_iterations=0,
@@ -286,7 +287,16 @@ def test_microbatches_change_nothing_but_memory():
     assert torch.allclose(*results, atol=1e-6)
 
 
-def test_two_processes_make_the_update_of_one_on_the_union():
+def test_gradients_are_summed_in_buckets_of_neighbours(monkeypatch):
+    monkeypatch.setattr(ppo, "BUCKET", 10)
+    tensors = [torch.zeros(n) for n in (4, 6, 1, 25, 9, 1)]
+    assert [[len(t) for t in bucket] for bucket in ppo._buckets(tensors)] == [[4, 6], [1], [25], [9, 1]]
+    assert ppo._buckets([]) == []
+
+
+@pytest.mark.parametrize("bucket", [40, ppo.BUCKET])
+def test_two_processes_make_the_update_of_one_on_the_union(bucket, monkeypatch):
+    monkeypatch.setattr(ppo, "BUCKET", bucket)
     start = GaussianPolicy()
     # Unequal shards, so that the weighting matters.
     shards = [rollout_of(start, range(10), noise=1), rollout_of(start, range(10, 40), noise=2)]
@@ -352,6 +362,15 @@ def test_every_named_metric_of_the_seed_is_there_and_means_what_it_says():
     metrics = Learner(policy, replace(SETTINGS, update_epochs=1, global_batch=10_000), Alone()).update(rollout)
     for name in ("loss", "value_loss", "grad_norm", "approx_kl", "pg_clipfrac", "value_clip_ratio", "entropy"):
         assert f"actor/{name}" in metrics
+    codes = {
+        "actor/policy_loss": "actor/loss", "actor/clip_fraction": "actor/pg_clipfrac",
+        "critic/value_loss": "actor/value_loss", "critic/value_clip_ratio": "actor/value_clip_ratio",
+    }  # fmt: skip
+    assert all(metrics[code] == metrics[specified] for code, specified in codes.items())
+    for name, samples in zip(("advantages", "returns"), advantages_and_returns(rollout), strict=True):
+        for statistic in ("min", "max", "mean"):
+            expected = getattr(samples, statistic)().item()
+            assert metrics[f"rollout/{name}_{statistic}"] == pytest.approx(expected, abs=1e-6)
     # One step on the samples' own weights: no drift, no clipping, and normalised advantages average to zero.
     assert metrics["actor/approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["actor/pg_clipfrac"] == metrics["actor/value_clip_ratio"] == 0
@@ -368,7 +387,7 @@ def test_non_finite_numbers_name_the_tensor_and_leave_the_weights_alone():
     with torch.no_grad():
         policy.critic[2].bias.fill_(float("nan"))
     before = weights(policy).nan_to_num()
-    with pytest.raises(TrainingError, match=r"iteration 0: non-finite numbers in loss, value;"):
+    with pytest.raises(TrainingError, match=r"iteration 1, .*: non-finite numbers in loss, value;"):
         Learner(policy, SETTINGS, Alone()).update(rollout)
     assert torch.equal(weights(policy).nan_to_num(), before)
 
@@ -406,3 +425,160 @@ def test_non_finite_gradients_name_the_parameter():
     with pytest.raises(TrainingError, match=r"non-finite gradients of critic\.2\.weight \(1 tensors\)"):
         Learner(policy, SETTINGS, Alone()).update(rollout)
     assert torch.equal(weights(policy), before)
+
+
+def infinite(rollout, name, position, value=math.inf):
+    """The rollout with an infinite number at one sample."""
+    grid = getattr(rollout, name).clone()
+    grid.view(-1)[rollout.position[position]] = value
+    return replace(rollout, **{name: grid})
+
+
+def second_minibatch(rollout, settings):
+    """A sample that the first minibatch of the first epoch does not hold, and the second one does."""
+    pieces = Learner(GaussianPolicy(), settings, Alone())._minibatches(rollout.num_samples)
+    assert settings.update_epochs == 2 and len(pieces) >= 4
+    return int(pieces[1][0])
+
+
+LATER = replace(SETTINGS, update_epochs=2, global_batch=16, micro_batch=5, normalize_advantages=False)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("recompute", ["off", "auto"])
+def test_an_infinite_old_log_prob_stops_though_the_loss_is_finite(rollout, value, recompute):
+    settings = replace(LATER, recompute_log_prob=recompute)
+    poisoned = infinite(rollout, "log_prob", second_minibatch(rollout, LATER), value)
+    policy = GaussianPolicy()
+    before = weights(policy)
+    where = r"^iteration 1, update epoch 1 of 2, minibatch 2 of \d \(optimizer step 2 of the iteration\)"
+    with pytest.raises(TrainingError, match=where + ": non-finite numbers in old_log_prob;"):
+        Learner(policy, settings, Alone()).update(poisoned)
+    assert not torch.equal(weights(policy), before)  # the first minibatch was sound
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_new_log_prob_stops_before_the_step(rollout, value):
+    policy, calls = GaussianPolicy(), []
+    evaluate = policy.evaluate
+
+    def overflowing(chain):
+        now = evaluate(chain)
+        calls.append(now)
+        # The first call tells how far rollout and learner are off; each of the others is a minibatch.
+        return replace(now, log_prob=now.log_prob + value) if len(calls) == 1 + 4 else now
+
+    policy.evaluate = overflowing
+    settings = replace(LATER, recompute_log_prob="off", micro_batch=16)
+    with pytest.raises(TrainingError, match=r"optimizer step 4 of .* in log_prob;"):
+        Learner(policy, settings, Alone()).update(rollout)
+    assert len(calls) == 5
+    assert all(p.isfinite().all() for p in policy.parameters())
+
+
+def test_an_infinite_value_or_return_stops(rollout):
+    place = second_minibatch(rollout, LATER)
+    with pytest.raises(TrainingError, match=r"iteration 1, .* in .*old_value"):
+        Learner(GaussianPolicy(), replace(LATER, recompute_log_prob="off"), Alone()).update(
+            infinite(rollout, "value", place)
+        )
+    with pytest.raises(TrainingError, match=r"minibatch 2 of .* in advantages, loss, returns;"):
+        Learner(GaussianPolicy(), replace(LATER, gae_lambda=0.0), Alone()).update(infinite(rollout, "reward", place))
+
+
+def test_all_processes_stop_at_the_same_minibatch():
+    shards = exact_shards()
+    shards[1] = infinite(shards[1], "log_prob", 3)
+    group, said = Threads(2), [None, None]
+
+    def work(rank):
+        with pytest.raises(TrainingError) as caught:
+            Learner(GaussianPolicy(), replace(LATER, recompute_log_prob="off"), group.member(rank)).update(shards[rank])
+        said[rank] = str(caught.value)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert said[0] == said[1] and "in old_log_prob;" in said[0]
+
+
+def predicted(values, returns):
+    """Explained variance of a rollout of chunks that end at once with these returns."""
+    value, reward = (torch.tensor([numbers]) for numbers in (values, returns))
+    yes = torch.ones_like(value, dtype=torch.bool)
+    state = {"state": torch.zeros(value.numel(), 2), "actions": torch.zeros(value.numel(), 2)}
+    rollout = Rollout(value * 0, value, value, reward, yes, ~yes, yes, (state,), torch.arange(value.numel()))
+    return Learner(GaussianPolicy(), SETTINGS, Alone()).update(rollout)["critic/explained_variance"]
+
+
+def test_explained_variance_of_perfect_constant_and_known_predictions():
+    returns = [0.0, 1.0, 2.0, 3.0]
+    assert predicted(returns, returns) == 1.0
+    assert predicted([7.0] * 4, returns) == pytest.approx(0.0)
+    # Var(R) = 1.25; residuals (0, 0, 0, 2) have variance 3/4: 1 - 0.75/1.25 = 0.4
+    assert predicted([0.0, 1.0, 2.0, 1.0], returns) == pytest.approx(0.4)
+    assert predicted(returns, [1.0] * 4) == 0.0
+
+
+def rates(settings, rollout, iterations, learner=None):
+    """The learner, and its learning rates of actor and critic at each optimizer step."""
+    learner, found = learner or Learner(GaussianPolicy(), settings, Alone()), []
+    step = learner.optimizer.step
+
+    def watched():
+        found.append(tuple(group["lr"] for group in learner.optimizer.param_groups))
+        step()
+
+    learner.optimizer.step = watched
+    metrics = [learner.update(rollout) for _ in range(iterations)]
+    learner.optimizer.step = step
+    return learner, found, metrics
+
+
+SHORT = replace(SETTINGS, update_epochs=1, global_batch=20, learning_rate=1e-3, value_learning_rate=1e-2)
+
+
+def test_both_learning_rates_warm_up_over_optimizer_steps(rollout):
+    _, found, metrics = rates(replace(SHORT, warmup_steps=5), rollout, 3)
+    expected = [min(1.0, (number + 1) / 5) for number in range(len(found))]
+    assert len(found) > 6 and [actor for actor, _ in found] == pytest.approx([1e-3 * e for e in expected])
+    assert [critic for _, critic in found] == pytest.approx([1e-2 * e for e in expected])
+    a_step = len(found) // 3
+    assert metrics[0]["actor/learning_rate"] == found[a_step - 1][0]
+    assert metrics[-1]["critic/learning_rate"] == 1e-2
+
+
+def test_the_actor_warms_up_after_the_critic_did(rollout):
+    _, found, metrics = rates(replace(SHORT, warmup_steps=5, critic_warmup_iterations=1), rollout, 2)
+    half = len(found) // 2
+    assert [actor for actor, _ in found[:half]] == [0.0] * half and metrics[0]["actor/learning_rate"] == 0.0
+    assert found[half][0] == pytest.approx(1e-3 / 5) and found[half][1] == pytest.approx(1e-2 * min(1, (half + 1) / 5))
+
+
+def test_the_cosine_falls_from_iteration_to_iteration(rollout):
+    _, _, metrics = rates(replace(SHORT, lr_schedule="cosine", iterations=4), rollout, 4)
+    # (1 + cos(π k / 4)) / 2
+    expected = [1.0, 0.8535534, 0.5, 0.1464466]
+    assert [m["actor/learning_rate"] for m in metrics] == pytest.approx([1e-3 * e for e in expected], rel=1e-5)
+    assert [m["critic/learning_rate"] for m in metrics] == pytest.approx([1e-2 * e for e in expected], rel=1e-5)
+    assert {m["actor/learning_rate"] for m in rates(SHORT, rollout, 2)[2]} == {1e-3}
+
+
+def test_a_resumed_learner_goes_on_in_the_schedule(rollout):
+    settings = replace(SHORT, warmup_steps=8, lr_schedule="cosine", iterations=4, critic_warmup_iterations=1)
+    whole, expected, _ = rates(settings, rollout, 4)
+    half, first, _ = rates(settings, rollout, 2)
+    resumed = Learner(GaussianPolicy(seed=9), settings, Alone())
+    resumed.load_state_dict(half.state_dict())
+    resumed, rest, _ = rates(settings, rollout, 2, resumed)
+    assert first + rest == expected
+    assert torch.equal(weights(resumed.policy), weights(whole.policy))
+
+
+def test_a_warm_up_keeps_the_first_step_close(rollout):
+    # Adam's first step is the learning rate in every weight, however small the gradient.
+    drift = []
+    for steps in (0, 10):
+        settings = replace(SHORT, update_epochs=2, global_batch=10_000, learning_rate=0.03, warmup_steps=steps)
+        drift.append(Learner(GaussianPolicy(), settings, Alone()).update(rollout)["actor/kl_k3"])
+    assert drift[1] < 0.05 * drift[0]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gsrl_core.rl.returns import explained_variance, generalized_advantages
+from gsrl_core.rl.returns import generalized_advantages
 
 
 def column(*values):
@@ -77,12 +77,3 @@ def test_shapes_that_differ_are_refused():
     grid, flag = torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match="one shape"):
         generalized_advantages(torch.zeros(3, 1), grid, grid, flag, flag, flag, gamma=0.9, gae_lambda=0.9)
-
-
-def test_explained_variance_of_perfect_constant_and_known_predictions():
-    target = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    assert explained_variance(target, target) == 1.0
-    assert explained_variance(torch.full((4,), 7.0), target) == pytest.approx(0.0)
-    # Var(target) = 1.25; residuals (0, 0, 0, 2) have variance 3/4: 1 - 0.75/1.25 = 0.4
-    assert explained_variance(torch.tensor([0.0, 1, 2, 1]), target) == pytest.approx(0.4)
-    assert explained_variance(target, torch.ones(4)) == 0.0

@@ -87,6 +87,7 @@ class GaussianPolicy(nn.Module):
             torch.manual_seed(seed)
             self.actor = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, horizon))
             self.critic = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+        self.levels = "chunk", "chunk"
         self.log_std = nn.Parameter(torch.full((horizon,), math.log(std)))
         self.batches = []
 
@@ -113,8 +114,12 @@ class GaussianPolicy(nn.Module):
 
     def forward(self, chain):
         normal = torch.distributions.Normal(self.actor(chain["state"]), self.log_std.exp())
-        log_prob, entropy = normal.log_prob(chain["actions"]).sum(1), normal.entropy().sum(1)
+        at = {"chunk": lambda x: x.sum(1), "action": lambda x: x, "token": lambda x: x[..., None]}
+        log_prob, entropy = at[self.levels[0]](normal.log_prob(chain["actions"])), at[self.levels[1]](normal.entropy())
         return log_prob, entropy, self.critic(chain["state"]).squeeze(1)
+
+    def set_levels(self, log_prob, entropy):
+        self.levels = log_prob, entropy
 
     def value(self, observation):
         with torch.no_grad():
