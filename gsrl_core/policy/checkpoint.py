@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.agent import Pi05Policy, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
-from gsrl_core.policy.flow import NoiseHead
+from gsrl_core.policy.heads import check_head, fresh_heads, load_head
 from gsrl_core.policy.keys import HEADS, canonical, check_names, published_tensors, sort_tensors
 from gsrl_core.policy.origin import Origin
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.sampler import Sampling
-from gsrl_core.policy.statistics import read_json, read_statistics
+from gsrl_core.policy.statistics import lerobot_prompts_state, read_json, read_statistics
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, norm_stats_to_json
-from gsrl_core.policy.value import ValueHead
 from gsrl_core.policy.weights import load_weights, weights_files, weights_header
 
 logger = logging.getLogger(__name__)
@@ -82,11 +79,11 @@ def load_policy(
     tokenizer = load_tokenizer(folder, config)
     state_stats, action_stats = read_norm_stats(folder, config, asset_id)
     sampling = Sampling(denoise_steps, action_chunk, noise_method, noise_level, tuple(noise_std_range))
-    value_head, noise_head = _fresh_heads(config, noise_method, sampling.noise_std_range)
-    _load_head(value_head, "value_head.", heads, folder)
+    value_head, noise_head = fresh_heads(config, noise_method, sampling.noise_std_range)
+    load_head(value_head, "value_head.", heads, folder)
     value_head.to(device)
     if noise_head is not None:
-        _load_head(noise_head, "noise_head.", heads, folder)
+        load_head(noise_head, "noise_head.", heads, folder)
         noise_head.to(device)
     fast = compile == "auto" and torch.device(device).type == "cuda"
     return Pi05Policy(
@@ -125,6 +122,20 @@ def write_checkpoint(
     """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
     own = {name: network.origin.as_stored(name, tensor) for name, tensor in network.state_dict().items()}
     tensors = published_tensors(own, carried, network.config.family)
+    write_folder(folder, network.config, tensors, tokenizer, state_stats, action_stats, heads, card)
+
+
+def write_folder(
+    folder: Path,
+    config: Pi05Config,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Path,
+    state_stats: FieldStats,
+    action_stats: FieldStats,
+    heads: Mapping[str, Tensor],
+    card: str,
+) -> None:
+    """The same for ``tensors`` under the names that the file gets."""
     with replacing(folder, _FILES) as fresh:
         save_tensors(fresh / "model.safetensors", tensors)
         if heads:
@@ -136,7 +147,7 @@ def write_checkpoint(
         if card:
             write_bytes(fresh / "README.md", card.encode())
         digest = digest_file(fresh / "tokenizer.model")
-        write_json(fresh / "config.json", config_to_json(network.config) | {"tokenizer_sha256": digest})
+        write_json(fresh / "config.json", config_to_json(config) | {"tokenizer_sha256": digest})
 
 
 def read_config(folder: Path, discrete_state: bool | None = None) -> Pi05Config:
@@ -168,6 +179,8 @@ def read_config(folder: Path, discrete_state: bool | None = None) -> Pi05Config:
         # openpi's converter does not say which of the two it is, but only pi0 projects the state.
         names = {canonical(name) for name in weights_header(files)}
         values = {**values, "pi05": "state_proj.weight" not in names}
+    if values.get("type") == "pi05":
+        values = {"discrete_state_input": lerobot_prompts_state(folder), **values}
     config = config_from_json(values)
     if discrete_state is None:
         if not {"architecture", "type", "discrete_state_input"} & set(values):
@@ -225,9 +238,9 @@ def check_checkpoint(
         heads |= tensor_header(folder / "heads.safetensors")
     with torch.device("meta"):
         check_names(network, Pi05(config).state_dict(), str(files[0]))
-    for head, prefix in zip(_fresh_heads(config, noise_method), HEADS, strict=True):
+    for head, prefix in zip(fresh_heads(config, noise_method), HEADS, strict=True):
         if head is not None:
-            _check_head(head, prefix, heads, folder)
+            check_head(head, prefix, heads, folder)
     load_tokenizer(folder, config)
     _, actions = read_norm_stats(folder, config, asset_id)
     if actions.mean.numel() > config.action_dim:
@@ -238,9 +251,9 @@ def check_checkpoint(
     require_horizon(action_chunk, config.horizon)
 
 
-def load_tokenizer(folder: Path, config: Pi05Config) -> PromptTokenizer:
-    """The tokenizer of a checkpoint, checked against its vocabulary. Raises CheckpointError."""
-    candidates = [folder / name for name in TOKENIZERS] + [OPENPI_TOKENIZER.expanduser()]
+def load_tokenizer(folder: Path, config: Pi05Config, given: Path | None = None) -> PromptTokenizer:
+    """The tokenizer of a checkpoint, or the ``given`` one, checked against its vocabulary. Raises CheckpointError."""
+    candidates = [given] if given else [*(folder / name for name in TOKENIZERS), OPENPI_TOKENIZER.expanduser()]
     path = next((path for path in candidates if path.is_file()), candidates[0])
     tokenizer = PromptTokenizer(path, config.max_token_len, config.discrete_state)
     values = read_json(folder / "config.json")
@@ -263,41 +276,3 @@ def read_norm_stats(
 def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
     # What PPO trains keeps float32 masters: steps of 5e-6 are lost in bfloat16.
     return compute_dtype if name.startswith(_FROZEN) and not any(part in name for part in _WIDE) else torch.float32
-
-
-def _fresh_heads(
-    config: Pi05Config, noise_method: str, noise_std_range: tuple[float, float] = (0.08, 0.16)
-) -> tuple[ValueHead, NoiseHead | None]:
-    """Critic and, for Flow-Noise, noise head; always the same, and without touching the global random state."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        value_head = ValueHead(config.width, config.value_hidden)
-        if noise_method != "flow_noise":
-            return value_head, None
-        return value_head, NoiseHead(config.expert_width, config.noise_hidden, config.action_dim, noise_std_range)
-
-
-def _load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> None:
-    if given := _check_head(head, prefix, heads, folder):
-        head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
-
-
-def _check_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The head's own tensors; none is legal (it starts fresh). Raises CheckpointError."""
-    given = {name.removeprefix(prefix): tensor for name, tensor in heads.items() if name.startswith(prefix)}
-    bounds = [given.pop(name) for name in ("logvar_min", "logvar_max") if name in given]
-    if isinstance(head, NoiseHead) and bounds and not bounds[0].is_meta:
-        _check_range(head, bounds, folder)
-    if given:
-        check_names(given, head.state_dict(), f"{prefix[:-1]} of {folder}")
-    return given
-
-
-def _check_range(head: NoiseHead, bounds: list[Tensor], folder: Path) -> None:
-    """Raise CheckpointError unless RLinf's buffers, log(std^2) at both ends, are the head's range."""
-    low, high = (math.exp(0.5 * float(bound)) for bound in bounds)
-    if not all(map(partial(math.isclose, rel_tol=1e-4), (low, high), head.std_range)):
-        raise CheckpointError(
-            f"the noise head of {folder} was trained for standard deviations of {low:.4g} to {high:.4g}; set "
-            "policy.noise_std_range to that"
-        )

@@ -14,8 +14,8 @@ EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.w
 TIED_EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
 """The same tensor under the name that openpi's files keep (safetensors stores tied tensors once).
 
-lerobot does not tie the two: its language model embeds with ``embed_tokens`` (``get_input_embeddings``), and nothing
-computes with its ``lm_head``, which optimizers with weight decay change all the same.
+lerobot does not tie the two: its language model embeds with ``embed_tokens`` (``get_input_embeddings``), which training
+changes, and nothing computes with its ``lm_head``, which keeps its random start.
 """
 UNUSED = "paligemma_with_expert.gemma_expert.lm_head.weight"
 """Published, but no computation needs it. It is carried along so that openpi can read what is written back."""

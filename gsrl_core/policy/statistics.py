@@ -1,4 +1,4 @@
-"""Where the normalisation statistics of a checkpoint folder are, by the habits of openpi, RLinf and lerobot."""
+"""What lies beside the weights of a checkpoint, by the habits of openpi, RLinf and lerobot: how inputs are prepared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from gsrl_core.policy.transforms import NEEDED, STATISTICS, FieldStats, norm_sta
 
 LEROBOT_FIELDS = {"state": "observation.state", "actions": "action"}
 """Our names of the fields, and lerobot's features."""
+LEROBOT_STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
+"""Registered name of the step of lerobot's pipeline that writes the state into the prompt."""
 
 
 def read_statistics(folder: Path, config: Pi05Config, asset_id: str | None = None) -> tuple[FieldStats, FieldStats]:
@@ -40,10 +42,26 @@ def read_statistics(folder: Path, config: Pi05Config, asset_id: str | None = Non
         if any(fields.values()):
             return norm_stats_from_json(fields, str(path), needed, config.action_dim)
     raise CheckpointError(
-        f"{folder} has no norm_stats.json (looked in it, in assets/<id>/ and in <id>/) and no statistics of lerobot's in "
-        "policy_preprocessor*.safetensors; copy it from the training run: with other statistics the policy would "
-        "command wrong motions"
+        f"{folder} has no norm_stats.json (looked in it, in assets/<id>/ and in <id>/) and no policy_preprocessor*."
+        "safetensors of lerobot's with statistics; copy it from the training run: with other statistics the policy "
+        "would command wrong motions"
     )
+
+
+def lerobot_prompts_state(folder: Path) -> bool:
+    """Whether lerobot's policy_preprocessor.json puts the state into the prompt, as its pi05 does by itself.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    path = folder / "policy_preprocessor.json"
+    content = read_json(path)
+    if content is None:
+        return True
+    try:
+        return LEROBOT_STATE_STEP in {step.get("registry_name") for step in content["steps"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a pipeline of lerobot's ({error!r}); fetch it again") from error
 
 
 def read_json(path: Path) -> Any:
