@@ -220,13 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     for precision in options.precision:
         found[precision] = one = compare(config, precision, device)
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in one.errors.items())
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in one.seconds.items())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{precision} on {device}: {took}; {peak:.1f} GiB of host memory at most so far",
-            file=sys.stderr,
-            flush=True,
-        )
+        # At once: the next precision may not fit.
+        line = f"{precision} on {device}: {errors}; {took}; {peak:.1f} GiB of host memory at most so far"
+        print(line, file=sys.stderr, flush=True)
         gc.collect()  # the networks hold themselves in cycles
     print(table(found))
 
