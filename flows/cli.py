@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import commands, datasets
+from flows import checkpoints, commands, datasets
 from gsrl_core.errors import ArtifactError, ConfigError, GateError, GsrlError
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def up(
 for command in commands.COMMANDS:
     app.command()(command)
 app.add_typer(datasets.app, name="dataset")
+app.add_typer(checkpoints.app, name="checkpoint")
 
 
 def main() -> None:

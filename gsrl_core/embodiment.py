@@ -55,6 +55,8 @@ class SplatEmbodiment:
             precision=settings.precision,
             compile=settings.compile,
             device=device,
+            discrete_state=settings.discrete_state,
+            asset_id=settings.asset_id,
         )
         policy.network.gradient_checkpointing = self.config.ppo.gradient_checkpointing
         return policy

@@ -224,6 +224,10 @@ class PolicyConfig(Section):
     revision: str = Field("main", min_length=1)
     sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$")
     """Expected digest of model.safetensors; checked after the download."""
+    discrete_state: bool | None = None
+    """Whether the prompt carries the state; none leaves it to config.json, which openpi's converter does not tell."""
+    asset_id: str | None = Field(None, min_length=1)
+    """Which norm_stats.json of a checkpoint that brings several (assets/<id>/norm_stats.json)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: Literal["auto", "never"] = "auto"
     """auto infers with compiled kernels and CUDA graphs on a GPU; never, with the network as it is written."""

@@ -30,13 +30,19 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
         facts = hub.fetch_into(source, build.out, "model", policy.sha256, store, build.reporter)
         # Now, because the first stage that loads the weights comes after the reconstruction.
         with _named(policy.checkpoint, build.out):
-            check_checkpoint(build.out, action_chunk=policy.action_chunk, noise_method=policy.noise_method)
+            check_checkpoint(
+                build.out,
+                action_chunk=policy.action_chunk,
+                noise_method=policy.noise_method,
+                discrete_state=policy.discrete_state,
+                asset_id=policy.asset_id,
+            )
         return facts
 
     identity = {
         "source": f"{source.kind}:{source.reference}:{source.identity}",
         "sha256": policy.sha256 or "",
-        "checked for": f"{policy.action_chunk}, {policy.noise_method}",
+        "checked for": f"{policy.action_chunk}, {policy.noise_method}, {policy.discrete_state}, {policy.asset_id}",
     }
     return run_stage(CHECKPOINT, config, {}, body, parent_run_id, identity=identity)
 

@@ -5,36 +5,33 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.agent import Pi05Policy, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
-from gsrl_core.policy.flow import NoiseHead
-from gsrl_core.policy.keys import HEADS, canonical, check_names, published, sort_tensors
+from gsrl_core.policy.heads import check_head, fresh_heads, load_head
+from gsrl_core.policy.keys import HEADS, canonical, check_names, published_tensors, sort_tensors
+from gsrl_core.policy.origin import Origin
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.sampler import Sampling
+from gsrl_core.policy.statistics import lerobot_prompts_state, read_json, read_statistics
 from gsrl_core.policy.tokenizer import PromptTokenizer
-from gsrl_core.policy.transforms import FieldStats, norm_stats_from_json, norm_stats_to_json
-from gsrl_core.policy.value import ValueHead
+from gsrl_core.policy.transforms import FieldStats, norm_stats_to_json
+from gsrl_core.policy.weights import load_weights, weights_files, weights_header
 
 logger = logging.getLogger(__name__)
 
 ASSET_ID = "fr3"
-WEIGHTS = (
-    "model.safetensors", "full_weights.pt", "model_state_dict/full_weights.pt",
-    "actor/model_state_dict/full_weights.pt",
-)  # fmt: skip
-"""Where weights are looked for, in this order: openpi's and lerobot's, then RLinf's."""
 TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
 OPENPI_TOKENIZER = Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model")
 """Where openpi keeps the tokenizer that its checkpoints do not bring."""
@@ -55,12 +52,14 @@ def load_policy(
     precision: Literal["float32", "bfloat16"] = "float32",
     compile: Literal["auto", "never"] = "never",
     device: torch.device | str = "cpu",
+    discrete_state: bool | None = None,
+    asset_id: str | None = None,
 ) -> Pi05Policy:
     """Read a checkpoint folder; heads that it does not bring start fresh, from a fixed seed.
 
     Args:
-        folder: openpi layout (norm_stats.json in assets/<id>/, <id>/ or beside; weights in model.safetensors or
-            RLinf's full_weights.pt), or a lerobot pi05 or pi0 folder with a tokenizer added.
+        folder: openpi layout (norm_stats.json in assets/<id>/, <id>/ or beside; weights in safetensors, whole or in
+            shards, or RLinf's full_weights.pt), or a lerobot pi05 or pi0 folder with a tokenizer added.
         denoise_steps: integration steps N.
         action_chunk: actions executed per decision, at most the checkpoint's horizon.
         noise_method: how exploration noise enters.
@@ -69,20 +68,22 @@ def load_policy(
         precision: of the frozen weights and the activations; trained weights stay float32.
         compile: ``auto`` infers with compiled kernels on a GPU, ``never`` with the network as it is written.
         device: where to put everything.
+        discrete_state: whether the prompt carries the state; None leaves it to config.json.
+        asset_id: which norm_stats.json if there are several.
 
     Raises:
         CheckpointError: anything missing, broken or not fitting.
     """
-    config = read_config(folder)
+    config = read_config(folder, discrete_state)
     network, heads, carried = load_network(folder, config, precision, device)
     tokenizer = load_tokenizer(folder, config)
-    state_stats, action_stats = read_norm_stats(folder)
+    state_stats, action_stats = read_norm_stats(folder, config, asset_id)
     sampling = Sampling(denoise_steps, action_chunk, noise_method, noise_level, tuple(noise_std_range))
-    value_head, noise_head = _fresh_heads(config, noise_method, sampling.noise_std_range)
-    _load_head(value_head, "value_head.", heads, folder)
+    value_head, noise_head = fresh_heads(config, noise_method, sampling.noise_std_range)
+    load_head(value_head, "value_head.", heads, folder)
     value_head.to(device)
     if noise_head is not None:
-        _load_head(noise_head, "noise_head.", heads, folder)
+        load_head(noise_head, "noise_head.", heads, folder)
         noise_head.to(device)
     fast = compile == "auto" and torch.device(device).type == "cuda"
     return Pi05Policy(
@@ -119,9 +120,22 @@ def write_checkpoint(
     card: str,
 ) -> None:
     """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
-    family = network.config.family
-    tensors = {published(name, family): _as_stored(network, name, t) for name, t in network.state_dict().items()}
-    tensors |= dict(carried)
+    own = {name: network.origin.as_stored(name, tensor) for name, tensor in network.state_dict().items()}
+    tensors = published_tensors(own, carried, network.config.family)
+    write_folder(folder, network.config, tensors, tokenizer, state_stats, action_stats, heads, card)
+
+
+def write_folder(
+    folder: Path,
+    config: Pi05Config,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Path,
+    state_stats: FieldStats,
+    action_stats: FieldStats,
+    heads: Mapping[str, Tensor],
+    card: str,
+) -> None:
+    """The same for ``tensors`` under the names that the file gets."""
     with replacing(folder, _FILES) as fresh:
         save_tensors(fresh / "model.safetensors", tensors)
         if heads:
@@ -133,75 +147,102 @@ def write_checkpoint(
         if card:
             write_bytes(fresh / "README.md", card.encode())
         digest = digest_file(fresh / "tokenizer.model")
-        write_json(fresh / "config.json", config_to_json(network.config) | {"tokenizer_sha256": digest})
+        write_json(fresh / "config.json", config_to_json(config) | {"tokenizer_sha256": digest})
 
 
-def read_config(folder: Path) -> Pi05Config:
+def read_config(folder: Path, discrete_state: bool | None = None) -> Pi05Config:
     """The sizes of the network in ``folder``.
 
     A folder without config.json (openpi's trainer writes none) is taken as the 3.6 B model in the seed's recipe:
-    5 actions, no state in the prompt; that is logged. Raises CheckpointError.
+    5 actions, no state in the prompt; that is logged.
+
+    Args:
+        folder: of a checkpoint.
+        discrete_state: whether the prompt carries the state, against what config.json says or does not say.
+
+    Raises:
+        CheckpointError: no folder, or a config.json that cannot be used.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values is None:
         logger.warning(
             "%s has no config.json: assuming pi05 with action_horizon 5 and discrete_state_input false (the seed's "
             "recipe); write a config.json with these keys if that is wrong", folder
         )  # fmt: skip
-        return config_from_json({"action_horizon": 5, "discrete_state_input": False})
+        values = {"action_horizon": 5, "discrete_state_input": False, "pi05": True}
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{folder / 'config.json'} must hold a JSON object")
-    if not {"architecture", "type", "pi05"} & set(values) and weights_file(folder).is_file():
+    files = weights_files(folder)
+    if not {"architecture", "type", "pi05"} & set(values) and files[0].is_file():
         # openpi's converter does not say which of the two it is, but only pi0 projects the state.
-        names = {canonical(name) for name in tensor_header(weights_file(folder))}
+        names = {canonical(name) for name in weights_header(files)}
         values = {**values, "pi05": "state_proj.weight" not in names}
-    return config_from_json(values)
+    if values.get("type") == "pi05":
+        values = {"discrete_state_input": lerobot_prompts_state(folder), **values}
+    config = config_from_json(values)
+    if discrete_state is None:
+        if not {"architecture", "type", "discrete_state_input"} & set(values):
+            logger.warning(
+                "config.json of %s does not say whether the prompt carries the state (discrete_state_input): assuming "
+                "%s; set policy.discrete_state if that is wrong", folder, str(config.discrete_state).lower()
+            )  # fmt: skip
+        return config
+    return dataclasses.replace(config, discrete_state=discrete_state)
 
 
 def load_network(
     folder: Path, config: Pi05Config, precision: str, device: torch.device | str
 ) -> tuple[Pi05, dict[str, Tensor], dict[str, Tensor]]:
     """The network, the heads' tensors and the carried tensors of ``folder``. Raises CheckpointError."""
-    path = weights_file(folder)
-    tensors, heads, carried = sort_tensors(load_tensors(path))
+    files = weights_files(folder)
+    tensors, heads, carried = sort_tensors(load_weights(files))
     if (folder / "heads.safetensors").is_file():
         heads |= load_tensors(folder / "heads.safetensors")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = Pi05(config, compute_dtype)
-    check_names(tensors, network.state_dict(), str(path))
+    check_names(tensors, network.state_dict(), str(files[0]))
     placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
     network.load_state_dict(placed, assign=True)
-    network.stored_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    network.origin = Origin.of(files, tensors, placed)
     return network.eval(), heads, carried
 
 
-def check_checkpoint(folder: Path, *, action_chunk: int, noise_method: str) -> None:
+def check_checkpoint(
+    folder: Path,
+    *,
+    action_chunk: int,
+    noise_method: str,
+    discrete_state: bool | None = None,
+    asset_id: str | None = None,
+) -> None:
     """Find out in seconds whether :func:`load_policy` will succeed: everything but the weights' bytes is read.
 
     Args:
         folder: as for :func:`load_policy`.
         action_chunk: actions executed per decision.
         noise_method: ``flow_sde`` or ``flow_noise``, which needs a head of its own.
+        discrete_state: as for :func:`load_policy`.
+        asset_id: likewise.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen, a file is broken, or the statistics, the
             tokenizer or ``action_chunk`` do not fit config.json.
     """
-    config = read_config(folder)
-    path = weights_file(folder)
-    network, heads, _ = sort_tensors(tensor_header(path))
+    config = read_config(folder, discrete_state)
+    files = weights_files(folder)
+    network, heads, _ = sort_tensors(weights_header(files))
     if (folder / "heads.safetensors").is_file():
         heads |= tensor_header(folder / "heads.safetensors")
     with torch.device("meta"):
-        check_names(network, Pi05(config).state_dict(), str(path))
-    for head, prefix in zip(_fresh_heads(config, noise_method), HEADS, strict=True):
+        check_names(network, Pi05(config).state_dict(), str(files[0]))
+    for head, prefix in zip(fresh_heads(config, noise_method), HEADS, strict=True):
         if head is not None:
-            _check_head(head, prefix, heads, folder)
+            check_head(head, prefix, heads, folder)
     load_tokenizer(folder, config)
-    _, actions = read_norm_stats(folder)
+    _, actions = read_norm_stats(folder, config, asset_id)
     if actions.mean.numel() > config.action_dim:
         raise CheckpointError(
             f"the statistics of {folder} are of {actions.mean.numel()} action values, config.json says "
@@ -210,12 +251,12 @@ def check_checkpoint(folder: Path, *, action_chunk: int, noise_method: str) -> N
     require_horizon(action_chunk, config.horizon)
 
 
-def load_tokenizer(folder: Path, config: Pi05Config) -> PromptTokenizer:
-    """The tokenizer of a checkpoint, checked against its vocabulary. Raises CheckpointError."""
-    candidates = [folder / name for name in TOKENIZERS] + [OPENPI_TOKENIZER.expanduser()]
+def load_tokenizer(folder: Path, config: Pi05Config, given: Path | None = None) -> PromptTokenizer:
+    """The tokenizer of a checkpoint, or the ``given`` one, checked against its vocabulary. Raises CheckpointError."""
+    candidates = [given] if given else [*(folder / name for name in TOKENIZERS), OPENPI_TOKENIZER.expanduser()]
     path = next((path for path in candidates if path.is_file()), candidates[0])
     tokenizer = PromptTokenizer(path, config.max_token_len, config.discrete_state)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     expected = values.get("tokenizer_sha256") if isinstance(values, Mapping) else None
     if tokenizer.vocab_size > config.vocab_size or (expected and digest_file(path) != expected):
         raise CheckpointError(
@@ -225,75 +266,13 @@ def load_tokenizer(folder: Path, config: Pi05Config) -> PromptTokenizer:
     return tokenizer
 
 
-def read_norm_stats(folder: Path) -> tuple[FieldStats, FieldStats]:
-    """State and action statistics from wherever openpi, RLinf or lerobot put them. Raises CheckpointError."""
-    found = sorted(folder.rglob("norm_stats.json"))
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
-        raise CheckpointError(f"{folder} holds several norm_stats.json ({names}); keep the one of this robot")
-    if found:
-        return norm_stats_from_json(_read_json(found[0]), str(found[0]))
-    for path in sorted(folder.glob("policy_preprocessor*.safetensors")):
-        tensors = load_tensors(path)
-        fields = {
-            ours: {key: tensors[f"{theirs}.{key}"].tolist() for key in ("mean", "std", "q01", "q99")}
-            for ours, theirs in (("state", "observation.state"), ("actions", "action"))
-            if all(f"{theirs}.{key}" in tensors for key in ("mean", "std", "q01", "q99"))
-        }
-        if len(fields) == 2:
-            return norm_stats_from_json(fields, str(path))
-    raise CheckpointError(
-        f"{folder} has no norm_stats.json (looked in it, in assets/<id>/ and in <id>/); copy it from the training run: "
-        "with other statistics the policy would command wrong motions"
-    )
-
-
-def weights_file(folder: Path) -> Path:
-    """model.safetensors, or what RLinf's trainer leaves behind."""
-    return next((path for name in WEIGHTS if (path := folder / name).is_file()), folder / WEIGHTS[0])
-
-
-def _as_stored(network: Pi05, name: str, tensor: Tensor) -> Tensor:
-    """In the dtype that the tensor was read in, where that loses nothing: what was not trained is written as it was."""
-    dtype = network.stored_dtypes.get(name, tensor.dtype)
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+def read_norm_stats(
+    folder: Path, config: Pi05Config | None = None, asset_id: str | None = None
+) -> tuple[FieldStats, FieldStats]:
+    """State and action statistics of ``folder``, see :func:`~gsrl_core.policy.statistics.read_statistics`."""
+    return read_statistics(folder, config or read_config(folder), asset_id)
 
 
 def _stored_dtype(name: str, compute_dtype: torch.dtype) -> torch.dtype:
     # What PPO trains keeps float32 masters: steps of 5e-6 are lost in bfloat16.
     return compute_dtype if name.startswith(_FROZEN) and not any(part in name for part in _WIDE) else torch.float32
-
-
-def _fresh_heads(
-    config: Pi05Config, noise_method: str, noise_std_range: tuple[float, float] = (0.08, 0.16)
-) -> tuple[ValueHead, NoiseHead | None]:
-    """Critic and, for Flow-Noise, noise head; always the same, and without touching the global random state."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        value_head = ValueHead(config.width, config.value_hidden)
-        if noise_method != "flow_noise":
-            return value_head, None
-        return value_head, NoiseHead(config.expert_width, config.noise_hidden, config.action_dim, noise_std_range)
-
-
-def _load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> None:
-    if given := _check_head(head, prefix, heads, folder):
-        head.load_state_dict({name: tensor.float() for name, tensor in given.items()})
-
-
-def _check_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The head's own tensors; none is legal (it starts fresh). Raises CheckpointError."""
-    given = {name.removeprefix(prefix): tensor for name, tensor in heads.items() if name.startswith(prefix)}
-    if given:
-        check_names(given, head.state_dict(), f"{prefix[:-1]} of {folder}")
-    return given
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error

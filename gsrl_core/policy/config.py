@@ -12,6 +12,11 @@ from gsrl_core.errors import CheckpointError
 IMAGE_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """openpi's camera slots, in the order of the prefix. A slot without a camera costs nothing here."""
 
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""Periods of the time embedding."""
+LEROBOT_MODES: Mapping[str, str] = {"quantile": "QUANTILES", "mean_std": "MEAN_STD"}
+"""Names of the normalisations in lerobot's ``normalization_mapping``."""
+
 
 @dataclass(frozen=True)
 class Pi05Config:
@@ -145,6 +150,8 @@ def config_from_json(values: Mapping[str, Any]) -> Pi05Config:
         "discrete_state": values.get("discrete_state_input", not old),
         "normalization": "quantile" if values.get("use_quantile_norm", not old) else "mean_std",
     }
+    if "type" in values:
+        known |= _lerobot_settings(values, known["normalization"])
     if known["horizon"] is None:
         raise CheckpointError("config.json: neither action_horizon nor chunk_size is given; add action_horizon")
     return _from_architecture(known)
@@ -159,7 +166,29 @@ def _from_architecture(given: Any) -> Pi05Config:
         if key not in fields:
             raise CheckpointError(f"config.json: unknown architecture key {key!r}; allowed: {', '.join(fields)}")
         values[key] = _checked(key, value, fields[key])
-    return Pi05Config(**values)
+    return dataclasses.replace(PRESETS["pi05"], **values)
+
+
+def _lerobot_settings(values: Mapping[str, Any], usual: str) -> dict[str, Any]:
+    """What only lerobot's config.json says (its PI05Config and PI0Config), as architecture keys."""
+    fixed = {"use_relative_actions": False, "min_period": MIN_PERIOD, "max_period": MAX_PERIOD}
+    for key, only in fixed.items():
+        if values.get(key, only) != only:
+            raise CheckpointError(f"config.json: {key} is {values[key]!r}; only {only!r} is supported")
+    mapping = values.get("normalization_mapping", {})
+    if not isinstance(mapping, Mapping) or mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise CheckpointError(f"config.json: normalization_mapping is {mapping!r}; VISUAL must be IDENTITY")
+    state, actions = (mapping.get(kind, LEROBOT_MODES[usual]) for kind in ("STATE", "ACTION"))
+    names = {mode: name for name, mode in LEROBOT_MODES.items()}
+    if state != actions or state not in names:
+        raise CheckpointError(
+            f"config.json: normalization_mapping has STATE {state!r} and ACTION {actions!r}; allowed: the same for "
+            f"both, {' or '.join(names)}"
+        )
+    height, width = values.get("image_resolution", (224, 224))
+    if height != width:
+        raise CheckpointError(f"config.json: image_resolution is {height} x {width}; pictures must be square")
+    return {"normalization": names[state], "image_size": height}
 
 
 def _checked(key: str, value: Any, example: Any) -> Any:

@@ -12,7 +12,11 @@ from gsrl_core.errors import CheckpointError
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 TIED_EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
-"""The same tensor under the name that openpi's files keep (safetensors stores tied tensors once)."""
+"""The same tensor under the name that openpi's files keep (safetensors stores tied tensors once).
+
+lerobot does not tie the two: its language model embeds with ``embed_tokens`` (``get_input_embeddings``), which training
+changes, and nothing computes with its ``lm_head``, which keeps its random start.
+"""
 UNUSED = "paligemma_with_expert.gemma_expert.lm_head.weight"
 """Published, but no computation needs it. It is carried along so that openpi can read what is written back."""
 HEADS = ("value_head.", "noise_head.")
@@ -28,13 +32,14 @@ _SPELLINGS = (
         r"paligemma_with_expert.paligemma.model.\1.",
     ),
 )
+_RLINF_NOISE_HEAD = re.compile(r"^noise_head\.mlp_logvar\.moduleList\.(\d+)\.linear_1\.")
+"""RLinf's ExploreNoiseNet: an activation follows every layer, in the same Sequential here."""
 _SHOWN = 12
 
 
 def canonical(name: str) -> str:
     """A tensor's name in this repository, from openpi's (old or new), lerobot's or this one's."""
-    for pattern, replacement in _SPELLINGS:
-        name = re.sub(pattern, replacement, name)
+    name = _respelled(name)
     return EMBEDDING if name == TIED_EMBEDDING else name
 
 
@@ -45,8 +50,18 @@ def published(name: str, family: str = "pi05") -> str:
     return TIED_EMBEDDING if name == EMBEDDING else name
 
 
+def published_tensors(network: Mapping[str, Tensor], carried: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """What a file gets: the network's tensors and the carried ones, in which lerobot's ``lm_head`` may be."""
+    named = {published(name, family): tensor for name, tensor in network.items()}
+    if TIED_EMBEDDING in carried:
+        named[EMBEDDING] = named[TIED_EMBEDDING]
+    return named | dict(carried)
+
+
 def sort_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of a file as (network, heads, carried), under canonical names.
+
+    Carried is what no computation needs: ``UNUSED``, and an ``lm_head`` that is not the embedding beside it.
 
     Raises:
         CheckpointError: a tensor is there under two names, and they differ.
@@ -54,12 +69,15 @@ def sort_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     network: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     carried: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        name = canonical(name)
-        part = carried if name == UNUSED else heads if name.startswith(HEADS) else network
+    for given, tensor in tensors.items():
+        name = _respelled(given)
+        part = carried if name in {UNUSED, TIED_EMBEDDING} else heads if name.startswith(HEADS) else network
         if name in part and not _same(part[name], tensor):
             raise CheckpointError(f"{name} is stored twice, under two spellings, and they differ; keep the right one")
         part[name] = tensor
+    head = carried.get(TIED_EMBEDDING)
+    if head is not None and _same(network.setdefault(EMBEDDING, head), head):
+        del carried[TIED_EMBEDDING]
     return network, heads, carried
 
 
@@ -90,8 +108,16 @@ def check_names(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         )
 
 
+def _respelled(name: str) -> str:
+    for pattern, replacement in _SPELLINGS:
+        name = re.sub(pattern, replacement, name)
+    return _RLINF_NOISE_HEAD.sub(lambda match: f"noise_head.mlp.{2 * int(match[1])}.", name)
+
+
 def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and (first.is_meta or torch.equal(first, second))
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return first.is_meta or torch.equal(first, second)
 
 
 def _listed(names: Iterable[str]) -> str:

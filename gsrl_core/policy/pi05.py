@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gsrl_core.policy.config import Pi05Config
+from gsrl_core.policy.config import MAX_PERIOD, MIN_PERIOD, Pi05Config
 from gsrl_core.policy.gemma import Gemma, GemmaSize, Projection, rotary
+from gsrl_core.policy.origin import Origin
 from gsrl_core.policy.prompt import Prompt, pack
 from gsrl_core.policy.siglip import VisionTower
 
-MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
-"""Periods of the time embedding."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x [B, H, A], t [B]) -> hidden states float32 [B, H, We]."""
 
@@ -61,8 +60,8 @@ class Pi05(nn.Module):
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
         """Keep the layers' inputs only, and run the layers again in the backward pass: a third more work."""
-        self.stored_dtypes: dict[str, torch.dtype] = {}
-        """Of the tensors in the file that they were read from, by name."""
+        self.origin = Origin()
+        """The files that the weights were read from."""
         self.paligemma_with_expert = _PaliGemmaWithExpert(config)
         self.action_in_proj = Projection(config.action_dim, config.expert_width)
         self.action_out_proj = Projection(config.expert_width, config.action_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -14,12 +14,15 @@ from torch.nn import functional
 from gsrl_core.errors import CheckpointError
 
 EPS = 1e-6
+STATISTICS = ("mean", "std", "q01", "q99")
+NEEDED: Mapping[str, tuple[str, str]] = {"quantile": ("q01", "q99"), "mean_std": ("mean", "std")}
+"""What each normalisation computes with."""
 BINS = 256
 
 
 @dataclass(frozen=True)
 class FieldStats:
-    """Statistics of one vector over the training data, each float32 [D]."""
+    """Statistics of one vector over the training data, each float32 [D]; NaN where the training run kept none."""
 
     mean: Tensor
     std: Tensor
@@ -69,42 +72,56 @@ class Normalizer:
 
 
 def norm_stats_to_json(state: FieldStats, actions: FieldStats) -> dict[str, Any]:
-    """The content of openpi's norm_stats.json."""
+    """The content of openpi's norm_stats.json; statistics that are not known are left out."""
     fields = {"state": state, "actions": actions}
     return {
         "norm_stats": {
-            name: {key: getattr(stats, key).tolist() for key in ("mean", "std", "q01", "q99")}
+            name: {key: row.tolist() for key in STATISTICS if not (row := getattr(stats, key)).isnan().any()}
             for name, stats in fields.items()
         }
     }
 
 
-def norm_stats_from_json(content: Any, source: str) -> tuple[FieldStats, FieldStats]:
-    """State and action statistics of a parsed norm_stats.json; trailing all-zero entries (padding) are cut off.
+def norm_stats_from_json(
+    content: Any, source: str, needed: Sequence[str] = STATISTICS, padded_width: int | None = None
+) -> tuple[FieldStats, FieldStats]:
+    """State and action statistics of a parsed norm_stats.json.
+
+    Args:
+        content: openpi's: ``norm_stats`` -> ``state`` and ``actions`` -> statistic -> list of D numbers.
+        source: what errors call it.
+        needed: statistics that must be there; others become NaN where they are not.
+        padded_width: openpi computes statistics of vectors padded with zeros to the network's width. Where D is that
+            width, trailing all-zero entries are cut off.
 
     Raises:
-        CheckpointError: a field is missing, not numbers, of uneven length or not finite.
+        CheckpointError: a field or a needed statistic is missing, not numbers, of uneven length or not finite.
     """
     tree = content.get("norm_stats", content) if isinstance(content, Mapping) else None
     if not isinstance(tree, Mapping) or not {"state", "actions"} <= set(tree):
         raise CheckpointError(f"{source}: expected norm_stats with 'state' and 'actions'; compute the statistics again")
-    return _field(tree["state"], f"{source}: state"), _field(tree["actions"], f"{source}: actions")
+    state, actions = (_field(tree[name], f"{source}: {name}", needed, padded_width) for name in ("state", "actions"))
+    return state, actions
 
 
-def _field(values: Any, source: str) -> FieldStats:
-    names = ("mean", "std", "q01", "q99")
-    if not isinstance(values, Mapping) or not set(names) <= set(values):
-        raise CheckpointError(f"{source} needs {', '.join(names)}")
+def _field(values: Any, source: str, needed: Sequence[str], padded_width: int | None) -> FieldStats:
+    missing = [name for name in needed if not isinstance(values, Mapping) or name not in values]
+    if missing:
+        raise CheckpointError(f"{source} needs {', '.join(needed)} and lacks {', '.join(missing)}")
+    given = [name for name in STATISTICS if name in values]
+    listed = ", ".join(given)
     try:
-        rows = torch.tensor([values[name] for name in names], dtype=torch.float32)
+        rows = torch.tensor([values[name] for name in given], dtype=torch.float32)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: mean, std, q01 and q99 must be equally long lists of numbers") from error
+        raise CheckpointError(f"{source}: {listed} must be equally long lists of numbers") from error
     if rows.ndim != 2 or not rows.shape[1] or not rows.isfinite().all():
-        raise CheckpointError(f"{source}: mean, std, q01 and q99 must be non-empty lists of finite numbers")
-    if (rows[3] < rows[2]).any():
+        raise CheckpointError(f"{source}: {listed} must be non-empty lists of finite numbers")
+    if rows.shape[1] == padded_width and rows.any():
+        rows = rows[:, : int(rows.abs().amax(dim=0).nonzero().amax()) + 1]
+    found = dict.fromkeys(STATISTICS, torch.full_like(rows[0], torch.nan)) | dict(zip(given, rows, strict=True))
+    if (found["q99"] < found["q01"]).any():
         raise CheckpointError(f"{source}: q99 is below q01; compute the statistics again")
-    used = int(rows.abs().amax(dim=0).nonzero().amax()) + 1 if rows.any() else rows.shape[1]
-    return FieldStats(*rows[:, :used])
+    return FieldStats(**found)
 
 
 def _column_stats(column: Tensor) -> tuple[float, float, float, float]:

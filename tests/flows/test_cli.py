@@ -43,7 +43,7 @@ def cli(home):
 
 COMMANDS = (
     "run", "scene", "assemble", "demos", "sft", "finetune", "evaluate", "package", "verify", "serve", "deploy", "view",
-    "up", "doctor", "bench", "norm-stats", "dataset",
+    "up", "doctor", "bench", "norm-stats", "dataset", "checkpoint",
 )  # fmt: skip
 
 
@@ -69,7 +69,9 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "dataset export", "dataset import"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, *(f"{kind} {way}" for kind in ("dataset", "checkpoint") for way in ("export", "import"))]
+)
 def test_every_command_teaches_by_example(cli, command):
     done = cli(*command.split(), "--help")
     assert done.returncode == 0

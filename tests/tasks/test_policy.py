@@ -48,3 +48,11 @@ def test_a_checkpoint_from_the_store_is_checked_again_for_another_chunk(tracking
     assert isinstance(fetch(folder, tracking[1]), State)  # cached
     with pytest.raises(CheckpointError, match="allowed: 1 to 5"):
         fetch(folder, tracking[1], policy__action_chunk=10)
+
+
+def test_of_several_robots_statistics_one_is_chosen(tracking, folder):
+    (folder / "assets" / "fr3").rename(folder / "assets" / "droid")
+    shutil.copytree(folder / "assets" / "droid", folder / "assets" / "libero")
+    with pytest.raises(CheckpointError, match=r"\(droid, libero\); choose this robot's with policy\.asset_id"):
+        fetch(folder, tracking[1])
+    fetch(folder, tracking[1], policy__asset_id="droid")

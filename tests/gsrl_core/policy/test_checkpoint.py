@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from gsrl_core.artifacts import digest_folder
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.checkpoint import (
-    _stored_dtype,
     check_checkpoint,
     load_policy,
     read_config,
@@ -21,6 +21,7 @@ from gsrl_core.policy.checkpoint import (
 from gsrl_core.policy.config import config_from_json, config_to_json, preset
 from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, canonical
 
+LEROBOT = {"type": "pi05", "chunk_size": 50, "max_action_dim": 32, "tokenizer_max_length": 200}
 SETTINGS = {"denoise_steps": 2, "action_chunk": 2}
 
 
@@ -141,8 +142,22 @@ def test_code_in_a_pickle_is_not_run(copy, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_lm_head_that_differs_from_the_embedding_is_carried_through(folder, copy, tmp_path):
+    """lerobot does not tie the two, and trains the embedding only."""
+    rewrite(
+        copy,
+        lambda tensors: tensors | {EMBEDDING: tensors[TIED_EMBEDDING], TIED_EMBEDDING: tensors[TIED_EMBEDDING] + 1},
+    )
+    assert same(outputs(folder), outputs(copy))
+    check(copy)
+    save_checkpoint(tmp_path / "saved", load_policy(copy, **SETTINGS))
+    before, after = load_file(copy / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in after | before)
+    assert same(outputs(folder), outputs(tmp_path / "saved"))
+
+
 def test_two_spellings_of_different_tensors(copy):
-    rewrite(copy, lambda tensors: tensors | {EMBEDDING: tensors[TIED_EMBEDDING] + 1})
+    rewrite(copy, lambda tensors: tensors | {"action_time_mlp_in.bias": tensors["time_mlp_in.bias"] + 1})
     with pytest.raises(CheckpointError, match="stored twice, under two spellings"):
         load_policy(copy, **SETTINGS)
 
@@ -151,8 +166,6 @@ def test_two_spellings_of_different_tensors(copy):
 def test_what_is_written_back_is_bit_by_bit_what_was_read(copy, tmp_path, precision):
     narrow = ("q_proj", "mlp.", "lm_head", "dense", "fc1")
     rewrite(copy, lambda ts: {n: t.bfloat16() if any(part in n for part in narrow) else t for n, t in ts.items()})
-    if precision == "bfloat16":  # the frozen part is computed in it, so it has to be stored in it
-        rewrite(copy, lambda ts: {n: t.to(_stored_dtype(canonical(n), torch.bfloat16)) for n, t in ts.items()})
     before = {n: t for n, t in load_file(copy / "model.safetensors").items()}
     policy = load_policy(copy, **SETTINGS, precision=precision)
     save_checkpoint(tmp_path / "saved", policy)
@@ -165,6 +178,44 @@ def test_what_is_written_back_is_bit_by_bit_what_was_read(copy, tmp_path, precis
     save_checkpoint(tmp_path / "saved", policy)
     name = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj.weight"
     assert load_file(tmp_path / "saved" / "model.safetensors")[name].dtype == torch.float32
+
+
+def spoil_in_place(path):
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+
+
+def test_what_was_rounded_outlives_its_file_but_not_a_change_of_it(copy, tmp_path):
+    """The frozen part is computed in bfloat16, so its float32 originals are not in the policy."""
+    source = copy / "model.safetensors"
+    before = {name: tensor.clone() for name, tensor in load_file(source).items()}
+    policy = load_policy(copy, **SETTINGS, precision="bfloat16")
+    with torch.no_grad():
+        policy.network.action_in_proj.weight.mul_(1 + 1e-4)
+        policy.network.paligemma.language_model.layers[0].mlp.up_proj.weight.mul_(2)
+    changed = {
+        "action_in_proj.weight",
+        "paligemma_with_expert.paligemma.model.language_model.layers.0.mlp.up_proj.weight",
+    }
+
+    def check_saved():
+        save_checkpoint(tmp_path / "saved", policy)
+        after = load_file(tmp_path / "saved" / "model.safetensors")
+        assert {name for name in before if not torch.equal(after[name], before[name])} == changed
+
+    check_saved()
+    save_file(before, tmp_path / "other")
+    (tmp_path / "other").replace(source)
+    check_saved()
+    source.unlink()
+    check_saved()
+    save_file(before, source)
+    policy = load_policy(copy, **SETTINGS, precision="bfloat16")
+    spoil_in_place(source)
+    with pytest.raises(CheckpointError, match="was written to while a policy"):
+        save_checkpoint(tmp_path / "saved", policy)
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == before.keys()
 
 
 def test_unused_head_is_carried_through(copy, tmp_path):
@@ -242,10 +293,30 @@ def test_norm_stats_places(folder, copy, place):
     assert same(outputs(folder), outputs(copy))
 
 
-def test_two_norm_stats_are_ambiguous(copy):
-    shutil.copy(copy / "assets" / "fr3" / "norm_stats.json", copy / "norm_stats.json")
-    with pytest.raises(CheckpointError, match=r"several norm_stats\.json"):
+def test_of_two_norm_stats_one_is_chosen(folder, copy):
+    shutil.copytree(copy / "assets" / "fr3", copy / "assets" / "droid")
+    rewrite_json(copy / "assets" / "droid" / "norm_stats.json", lambda v: v["norm_stats"]["actions"]["q99"].reverse())
+    with pytest.raises(CheckpointError, match=r"several norm_stats\.json \(droid, fr3\); choose"):
         read_norm_stats(copy)
+    assert same(outputs(folder), outputs(copy, asset_id="fr3"))
+    assert not same(outputs(folder), outputs(copy, asset_id="droid"))
+    check(copy, asset_id="fr3")
+    with pytest.raises(CheckpointError, match=r"policy\.asset_id is 'franka', but .* has statistics of: droid, fr3"):
+        check(copy, asset_id="franka")
+
+
+def test_mean_and_deviation_are_enough_where_nothing_else_is_needed(copy):
+    def forget(values):
+        for field in values["norm_stats"].values():
+            del field["q01"], field["q99"]
+
+    rewrite_json(copy / "assets" / "fr3" / "norm_stats.json", forget)
+    with pytest.raises(CheckpointError, match="state needs q01, q99 and lacks q01, q99"):
+        check(copy)
+    rewrite_json(copy / "config.json", lambda values: values["architecture"].update(normalization="mean_std"))
+    check(copy)
+    save_checkpoint(copy, load_policy(copy, **SETTINGS))
+    check(copy)
 
 
 def test_lerobot_statistics(folder, copy):
@@ -281,8 +352,10 @@ def test_configuration_round_trip_and_foreign_files():
         "precision": "bfloat16",
     }
     assert config_from_json(openpi).horizon == 10
-    lerobot = {"type": "pi05", "chunk_size": 50, "max_action_dim": 32, "tokenizer_max_length": 200}
-    assert config_from_json(lerobot) == preset("pi05")
+    assert config_from_json(LEROBOT) == preset("pi05")
+    modes = {"STATE": "MEAN_STD", "ACTION": "MEAN_STD", "VISUAL": "IDENTITY"}
+    read = config_from_json(LEROBOT | {"normalization_mapping": modes, "image_resolution": [448, 448]})
+    assert (read.normalization, read.image_size) == ("mean_std", 448)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +373,15 @@ def test_configuration_round_trip_and_foreign_files():
         ({"architecture": {"value_hidden": [1.5]}}, "list of positive integers"),
         ({"architecture": {"normalization": "none"}}, "allowed: quantile, mean_std"),
         ({"architecture": 3}, "must be an object"),
+        (LEROBOT | {"use_relative_actions": True}, "use_relative_actions is True; only False is supported"),
+        (LEROBOT | {"max_period": 10.0}, "max_period is 10.0; only 4.0"),
+        (LEROBOT | {"image_resolution": [224, 320]}, "must be square"),
+        (LEROBOT | {"normalization_mapping": {"VISUAL": "MEAN_STD"}}, "VISUAL must be IDENTITY"),
+        (
+            LEROBOT | {"normalization_mapping": {"STATE": "MEAN_STD"}},
+            "STATE 'MEAN_STD' and ACTION 'QUANTILES'; allowed",
+        ),
+        (LEROBOT | {"normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}}, "allowed: the same for both"),
     ],
 )
 def test_bad_configurations(values, message):
@@ -315,6 +397,89 @@ def test_folder_without_config_is_the_seeds_recipe(copy, caplog):
     config = read_config(copy)
     assert (config.horizon, config.discrete_state, config.width) == (5, False, 2048)
     assert "no config.json" in caplog.text
+
+
+def test_whether_the_prompt_carries_the_state_can_be_told(folder, copy, caplog):
+    assert outputs(folder)[0].shape == outputs(folder, discrete_state=False)[0].shape
+    assert not same(outputs(folder), outputs(folder, discrete_state=False))
+    save_checkpoint(copy, load_policy(copy, **SETTINGS, discrete_state=False))
+    assert not read_config(copy).discrete_state
+    assert not caplog.text
+    # openpi's converter does not write the key.
+    (copy / "config.json").write_text(json.dumps({"action_horizon": 4, "paligemma_variant": "gemma_2b"}))
+    assert read_config(copy).discrete_state
+    assert "does not say whether the prompt carries the state" in caplog.text
+    caplog.clear()
+    assert not read_config(copy, discrete_state=False).discrete_state
+    assert not caplog.text
+
+
+def split(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), index=True):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    order = sorted(tensors)
+    parts = dict(zip(names, (order[:20], order[20:]), strict=True))
+    for name, part in parts.items():
+        save_file({key: tensors[key] for key in part}, folder / name)
+    if index:
+        weight_map = {key: name for name, part in parts.items() for key in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_load(folder, copy, index):
+    split(copy, index=index)
+    assert same(outputs(folder), outputs(copy))
+    check(copy)
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors"):
+        check(copy)
+
+
+def test_a_single_file_of_any_name_loads(folder, copy):
+    (copy / "model.safetensors").rename(copy / "pi05_base.safetensors")
+    save_file({"a": torch.zeros(1)}, copy / "policy_preprocessor_step_2.safetensors")
+    assert same(outputs(folder), outputs(copy))
+    shutil.copy(copy / "pi05_base.safetensors", copy / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"several weights \(ema.safetensors, pi05_base.safetensors\); name the"):
+        check(copy)
+    shutil.copy(copy / "ema.safetensors", copy / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"several weights .* keep one series"):
+        check(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_broken_index_is_named(copy, content):
+    split(copy)
+    (copy / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json (is not an index|names) .*fetch it again"):
+        check(copy)
+
+
+def test_a_tensor_in_two_shards(copy):
+    split(copy)
+    shutil.copy(copy / "model-00001-of-00002.safetensors", copy / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="which another shard holds too"):
+        check(copy)
+
+
+def test_rlinfs_noise_head_loads(folder, copy):
+    ours = load_policy(folder, **SETTINGS, noise_method="flow_noise")
+    trained = {name: torch.randn_like(t) for name, t in ours.noise_head.state_dict().items()}
+    low, high = (torch.tensor([2 * math.log(std)]) for std in (0.08, 0.16))
+    theirs = {"noise_head.logvar_min": low, "noise_head.logvar_max": high}
+    for name, tensor in trained.items():
+        layer, kind = name.removeprefix("mlp.").split(".")
+        theirs[f"noise_head.mlp_logvar.moduleList.{int(layer) // 2}.linear_1.{kind}"] = tensor
+    rewrite(copy, lambda tensors: tensors | theirs)
+    check(copy, noise_method="flow_noise")
+    loaded = load_policy(copy, **SETTINGS, noise_method="flow_noise").noise_head.state_dict()
+    assert all(torch.equal(loaded[name], trained[name]) for name in loaded | trained)
+    assert load_policy(copy, **SETTINGS).noise_head is None
+    with pytest.raises(CheckpointError, match=r"0.08 to 0.16; set policy.noise_std_range"):
+        load_policy(copy, **SETTINGS, noise_method="flow_noise", noise_std_range=(0.04, 0.1))
 
 
 def test_saving_is_atomic(folder, tmp_path, monkeypatch):
@@ -380,15 +545,15 @@ def test_parts_that_the_new_checkpoint_lacks_do_not_stay(folder, tmp_path):
     assert not (target / "heads.safetensors").exists()
 
 
-def check(folder, action_chunk=2, noise_method="flow_sde"):
-    check_checkpoint(folder, action_chunk=action_chunk, noise_method=noise_method)
+def check(folder, action_chunk=2, noise_method="flow_sde", **choices):
+    check_checkpoint(folder, action_chunk=action_chunk, noise_method=noise_method, **choices)
 
 
 def test_a_good_checkpoint_passes_the_check_without_its_weights_being_read(folder, tmp_path, monkeypatch):
     saved = tmp_path / "saved"
     save_checkpoint(saved, load_policy(folder, **SETTINGS, noise_method="flow_noise"))
     monkeypatch.setattr("gsrl_core.policy.files.load_file", None)
-    monkeypatch.setattr("gsrl_core.policy.checkpoint.load_tensors", None)
+    monkeypatch.setattr("gsrl_core.policy.weights.load_tensors", None)
     for noise_method in ("flow_sde", "flow_noise"):
         check(folder, noise_method=noise_method)
         check(saved, noise_method=noise_method)

@@ -1,10 +1,12 @@
 """The network against an independent implementation, cut to size: lerobot's pi0.5 and pi0, with the same weights."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
-from policy_examples import SMALL, TOKENIZER
+from lerobot_examples import CONFIG, randomise, small_lerobot
+from policy_examples import TOKENIZER
 
 from gsrl_core.policy import flow
 from gsrl_core.policy.checkpoint import write_checkpoint
@@ -13,64 +15,19 @@ from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, canonical, 
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.transforms import FieldStats
 
-# lerobot fixes the vocabulary, patches of 14 px, eight heads and the vision MLP.
-CONFIG = dataclasses.replace(
-    SMALL,
-    image_size=56,
-    patch_size=14,
-    heads=8,
-    head_dim=16,
-    vocab_size=257152,
-    action_dim=32,
-    width=32,
-    expert_width=32,
-    horizon=5,
-)
-
 
 @pytest.fixture(scope="module", params=["pi05", "pi0"])
 def pair(request):
     family = request.param
-    modeling = pytest.importorskip(f"lerobot.policies.{family}.modeling_{family}")
-    configuration = pytest.importorskip(f"lerobot.policies.{family}.configuration_{family}")
-    from transformers.models.auto import CONFIG_MAPPING
-
-    class Reduced:
-        """CONFIG_MAPPING whose PaliGemma has this test's vision tower."""
-
-        def __getitem__(self, name):
-            if name != "paligemma":
-                return CONFIG_MAPPING[name]
-
-            def build():
-                config = CONFIG_MAPPING[name]()
-                vision = config.vision_config
-                vision.hidden_size, vision.num_hidden_layers = CONFIG.vision_width, CONFIG.vision_depth
-                vision.num_attention_heads = CONFIG.vision_heads
-                return config
-
-            return build
-
-    def sizes(variant):
-        width, mlp = (CONFIG.width, CONFIG.mlp) if variant == "gemma_2b" else (CONFIG.expert_width, CONFIG.expert_mlp)
-        return modeling.GemmaConfig(width, CONFIG.depth, mlp, CONFIG.heads, CONFIG.kv_heads, CONFIG.head_dim)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling, "CONFIG_MAPPING", Reduced())
-        patch.setattr(modeling, "get_gemma_config", sizes)
+    pytest.importorskip(f"lerobot.policies.{family}.modeling_{family}")
+    configuration = importlib.import_module(f"lerobot.policies.{family}.configuration_{family}")
+    with small_lerobot(family) as modeling:
         settings = getattr(configuration, f"{family.upper()}Config")(
             chunk_size=CONFIG.horizon, n_action_steps=CONFIG.horizon, image_resolution=(56, 56), dtype="float32"
         )
         reference = getattr(modeling, f"{family.upper()}Pytorch")(settings).eval()
-    # The projector's width is fixed as well.
-    projector = reference.paligemma_with_expert.paligemma.model.multi_modal_projector
-    projector.linear = torch.nn.Linear(CONFIG.vision_width, CONFIG.width)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            scale = 0.3 if "norm" in name or name.endswith("bias") else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    ours = dataclasses.replace(CONFIG, vision_mlp=4304, family=family)
+    randomise(reference)
+    ours = dataclasses.replace(CONFIG, family=family)
     with torch.device("meta"):
         network = Pi05(ours)
     weights = {canonical(name): tensor for name, tensor in reference.state_dict().items()}

@@ -5,6 +5,7 @@ from PIL import Image
 
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.transforms import (
+    NEEDED,
     FieldStats,
     Normalizer,
     discretize_state,
@@ -109,9 +110,26 @@ def test_norm_stats_round_trip_and_padding_is_cut():
     tree = norm_stats_to_json(state, actions)
     for values in tree["norm_stats"]["actions"].values():
         values += [0.0] * 25
-    state2, actions2 = norm_stats_from_json(tree, "x")
+    state2, actions2 = norm_stats_from_json(tree, "x", padded_width=32)
     assert torch.equal(state.q01, state2.q01)
     assert torch.equal(actions.std, actions2.std)
+
+
+def test_a_last_entry_that_was_always_zero_is_kept():
+    stats = FieldStats.of(torch.randn(50, 7) * torch.tensor([1.0] * 6 + [0.0]))
+    for read in norm_stats_from_json(norm_stats_to_json(stats, stats), "x", padded_width=32):
+        assert torch.equal(torch.stack([read.mean, read.q99]), torch.stack([stats.mean, stats.q99]))
+
+
+def test_only_what_the_normalisation_needs_has_to_be_there():
+    tree = norm_stats_to_json(FieldStats.of(torch.randn(50, 9)), FieldStats.of(torch.randn(50, 7)))
+    for values in tree["norm_stats"].values():
+        del values["q01"], values["q99"]
+    _, actions = norm_stats_from_json(tree, "x", NEEDED["mean_std"])
+    assert actions.q01.isnan().all()
+    assert norm_stats_to_json(*norm_stats_from_json(tree, "x", NEEDED["mean_std"])) == tree
+    with pytest.raises(CheckpointError, match="state needs q01, q99 and lacks q01, q99"):
+        norm_stats_from_json(tree, "x", NEEDED["quantile"])
 
 
 @pytest.mark.parametrize(
