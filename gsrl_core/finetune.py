@@ -22,7 +22,7 @@ from gsrl_core.embodiment import Embodiment, SplatEmbodiment
 from gsrl_core.errors import SimulationError, TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.rl.rollout import EpisodeStats
-from gsrl_core.sections import PipelineConfig
+from gsrl_core.sections import PipelineConfig, PpoConfig
 from gsrl_core.team import Team, check_seeds, training_seeds
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def episode_metrics(stats: EpisodeStats, prefix: str) -> dict[str, float]:
 def _fingerprint(checkpoint: Path, scene: Path, config: PipelineConfig) -> str:
     # The length of a cosine is part of every learning rate on the way.
     free = _FREE - {"iterations"} if config.ppo.lr_schedule == "cosine" else _FREE
-    ppo = config.ppo.model_copy(update={name: 1 for name in free})
+    ppo = PpoConfig(**config.ppo.model_dump(exclude=free))
     # Who collects how many episodes decides the order of the noise, so the cluster section counts too; how learners
     # divide the weights does not.
     cluster = config.cluster.model_copy(update={"data_parallel": "ddp"})
