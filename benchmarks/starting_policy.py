@@ -49,7 +49,7 @@ def search(
     out: Path,
     wanted: Search,
 ) -> list[dict[str, Any]]:
-    """Train in rounds until a checkpoint's success is in the range; it is moved to ``out / "policy"``.
+    """Train in rounds until a checkpoint's success is in the range; it is copied to ``out / "policy"``.
 
     Args:
         train: ``(init, folder, round)`` makes a checkpoint.
@@ -72,7 +72,7 @@ def search(
         tried.append({"checkpoint": folder.name, "success": rate})
         print(tried[-1], flush=True)
         if wanted.low <= rate <= wanted.high:
-            shutil.copytree(folder, out / "policy", dirs_exist_ok=True)
+            shutil.copytree(folder, out / "policy")
             return tried
         if rate > wanted.high:
             break
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scene", type=Path, required=True, help="assembled scene folder")
     parser.add_argument("--work", type=Path, required=True, help="demonstrations, reused by a later call")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints and records")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints and records; empty")
     parser.add_argument("--model", default="pi05_small")
     parser.add_argument("--low", type=float, default=0.35, help="least strict success")
     parser.add_argument("--high", type=float, default=0.50, help="most strict success")
@@ -94,17 +94,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="one-gpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a configuration value")
     options = parser.parse_args(arguments)
+    if options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty")  # rounds of other settings must not be taken for these
     config = apply_overrides(load(options.preset, parse_assignments(options.set)), WITHOUT_EXTRAS)
     start, demos = time.monotonic(), options.work / "demos"
     collected = collect_demos(options.scene, demos, config, NullReporter())
     print(f"{time.monotonic() - start:.0f} s: {collected}", flush=True)
 
     def train(init: Path | None, folder: Path, number: int) -> None:
-        if (folder / "model.safetensors").exists():  # of a call that ended on the way
-            return
         facts = train_sft(
             demos, folder, init, options.model, round_settings(config, number, options.round_steps).sft,
-            device=default_device(), reporter=NullReporter(), workspace=options.work / "sft",
+            device=default_device(), reporter=NullReporter(),
         )  # fmt: skip
         print(f"{time.monotonic() - start:.0f} s: round {number}: {facts}", flush=True)
 

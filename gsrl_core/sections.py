@@ -267,8 +267,8 @@ class SftConfig(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Samples per forward/backward pass; none: the whole batch. Smaller ones need less memory for the same step."""
     trainable: Literal["all", "expert"] = "all"
-    """expert leaves the vision-language model as it is, as PPO does: no gradients, moments or average of it, and the
-    weights of it are kept (and written) in ``precision``."""
+    """expert leaves the vision-language model as it is, as PPO does: no gradients, moments or average of it; its
+    weights are kept in ``precision`` and written back as they were."""
     stats: Literal["init", "demos"] = "init"
     """Whose means and quantiles normalise states and actions: those of the checkpoint to start from, with which its
     weights mean the same motions as before, or those of the demonstrations (of another robot, say). A random start
@@ -340,7 +340,7 @@ class PpoConfig(Section):
     kl_coef: float = Field(0.0, ge=0)
     """Weight of a penalty on the k3 estimate of KL(old || new), averaged over the chunk's ratios."""
     target_kl: float | None = Field(None, gt=0)
-    """The update stops when approximate KL (k3, of whole chunks at every level) passes 1.5 times this."""
+    """The update stops when approximate KL (k3, summed over a chunk's ratios) passes 1.5 times this."""
     critic_warmup_iterations: int = Field(0, ge=0)
     """First iterations that train the value head alone."""
     normalize_advantages: bool = True

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from gsrl_core.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,14 +37,22 @@ def load_state(path: Path, entries: Collection[str], device: torch.device | str 
         path: the file.
         entries: keys that must be there.
         device: where tensors go.
+
+    Raises:
+        TrainingError: it is whole and lacks an entry, so that another version wrote it: hours of work may be in it.
     """
     if not path.is_file():
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if not set(entries) <= set(state):
-            raise ValueError("it lacks entries")
+        if not isinstance(state, dict):
+            raise ValueError("it is no state")
     except Exception as error:  # torch.load raises a dozen classes for torn files
         logger.warning("%s cannot be read (%s): this work starts anew", path, error)
         return None
+    if lacking := [name for name in entries if name not in state]:
+        raise TrainingError(
+            f"{path} was written by another version of this program (it lacks {', '.join(lacking)}); go on with that "
+            "version, or delete the file to start anew"
+        )
     return state

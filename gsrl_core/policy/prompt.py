@@ -50,8 +50,9 @@ class Prompt:
         """The same with other tensors of these names."""
         images = tuple(tensors[f"image{slot}"] for slot in range(len(self.images)))
         return replace(
-            self, images=images, tokens=tensors["tokens"], valid=tensors["valid"], state=tensors.get("state")
-        )
+            self, images=images, tokens=tensors["tokens"], valid=tensors["valid"], on_host=None,
+            state=tensors.get("state"),
+        )  # fmt: skip
 
 
 def pack(

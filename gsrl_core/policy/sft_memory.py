@@ -54,7 +54,7 @@ def picture_device(needed: Footprint, free: Memory, device: torch.device) -> tor
     Raises:
         TrainingError: they fit nowhere.
     """
-    if device.type != "cuda" or needed.pictures <= PICTURE_SHARE * (free.device - needed.state):
+    if device.type == "cuda" and needed.pictures <= PICTURE_SHARE * (free.device - needed.state):
         return device
     if needed.pictures > HOST_SHARE * free.host:
         raise TrainingError(

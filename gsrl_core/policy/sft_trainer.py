@@ -212,7 +212,7 @@ class SftTrainer:
         if state is None:
             return
         if state["key"] != self._key:
-            changed = sorted(name for name in self._key if state["key"].get(name) != self._key[name])
+            changed = _differing(state["key"], self._key)
             raise TrainingError(
                 f"{self._state_path.parent} holds the state of a run with other settings or inputs "
                 f"({', '.join(changed)}); delete it to start again"
@@ -246,6 +246,18 @@ def deciding(config: SftConfig) -> dict[str, Any]:
     if config.decay_steps is not None:
         harmless.add("steps")
     return config.model_dump(mode="json", exclude=harmless)
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the entries that differ; of those that are mappings themselves, ``name.entry``."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += [f"{name}.{inner}" for inner in _differing(was, now)]
+        elif was != now:
+            found.append(name)
+    return found
 
 
 def learning_rate(step: int, config: SftConfig) -> float:

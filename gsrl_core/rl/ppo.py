@@ -12,8 +12,9 @@ A sample is a chunk, with one advantage. Its ratio may be one number, or one for
 entry of those (:data:`~gsrl_core.interfaces.Level`). The advantage is that of all its entries, and the actor's loss is
 the mean over them: at ratio 1 the gradient is the chunk's divided by their number. An episode that ends inside a chunk
 does not mask the rest of it, as the policy chose it all the same (RLinf masks whole chunks likewise). Estimates of the
-KL divergence are sums over a chunk's entries, so that ``target_kl`` has one meaning at all levels; its penalty is a
-mean over entries, as the surrogate that it is weighed against.
+KL divergence are sums over a chunk's ratios, which have the same expectation at all levels (the chain rule); a sum of
+k3 over entries is larger on the same samples than k3 of the sum. Its penalty is a mean over ratios, as the surrogate
+that it is weighed against.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def half_done(demos, tmp_path, monkeypatch):
 
 
 def test_workspace_of_other_settings_is_refused(demos, half_done):
-    with pytest.raises(TrainingError, match=r"other settings or inputs \(config\)"):
+    with pytest.raises(TrainingError, match=r"other settings or inputs \(config.steps\)"):
         run(demos, half_done, 8)
 
 

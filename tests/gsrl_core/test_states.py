@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from gsrl_core.errors import TrainingError
 from gsrl_core.states import load_state, save_state
 
 
@@ -27,10 +28,18 @@ def test_a_torn_state_is_begun_anew_with_a_warning(tmp_path, caplog, length):
     assert "cannot be read" in caplog.text
 
 
-def test_a_state_without_an_entry_is_begun_anew(tmp_path, caplog):
-    save_state(tmp_path / "state.pt", {"a": 1})
-    assert load_state(tmp_path / "state.pt", ("a", "b")) is None
-    assert "lacks entries" in caplog.text
+def test_a_whole_state_of_another_version_is_refused_and_kept(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, {"a": 1})
+    with pytest.raises(TrainingError, match=r"another version of this program \(it lacks b, c\)"):
+        load_state(path, ("a", "b", "c"))
+    assert load_state(path, ("a",)) == {"a": 1}
+
+
+def test_what_is_no_state_is_begun_anew(tmp_path, caplog):
+    save_state(tmp_path / "state.pt", [1])
+    assert load_state(tmp_path / "state.pt", ()) is None
+    assert "it is no state" in caplog.text
 
 
 def test_a_failed_write_keeps_the_old_state(tmp_path):

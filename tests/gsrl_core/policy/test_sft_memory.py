@@ -30,3 +30,5 @@ def test_pictures_stay_where_they_fit():
     assert picture_device(large, free, CPU) == CPU
     with pytest.raises(TrainingError, match=r"take 3 GiB; 10 GiB on the device and 1 GiB on the host are free"):
         picture_device(large, Memory(10 * GIB, GIB), CUDA)
+    with pytest.raises(TrainingError, match="take 3 GiB"):
+        picture_device(large, Memory(device=0, host=GIB), CPU)
