@@ -376,6 +376,13 @@ def test_configuration_round_trip_and_foreign_files():
         (LEROBOT | {"use_relative_actions": True}, "use_relative_actions is True; only False is supported"),
         (LEROBOT | {"max_period": 10.0}, "max_period is 10.0; only 4.0"),
         (LEROBOT | {"image_resolution": [224, 320]}, "must be square"),
+        (LEROBOT | {"image_resolution": 224}, r"image_resolution is 224; expected \[height, width\]"),
+        (LEROBOT | {"image_resolution": [224]}, r"image_resolution is \[224\]; expected"),
+        (LEROBOT | {"image_resolution": ["a", "a"]}, "image_size must be a positive integer"),
+        (
+            LEROBOT | {"normalization_mapping": {"STATE": ["MEAN_STD"], "ACTION": ["MEAN_STD"]}},
+            r"STATE \['MEAN_STD'\] and ACTION .*; allowed: the same for both",
+        ),
         (LEROBOT | {"normalization_mapping": {"VISUAL": "MEAN_STD"}}, "VISUAL must be IDENTITY"),
         (
             LEROBOT | {"normalization_mapping": {"STATE": "MEAN_STD"}},
