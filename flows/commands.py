@@ -139,9 +139,11 @@ def norm_stats(
 
       real2sim2real norm-stats --demos my_demos --out norm_stats.json
     """
+    from gsrl_core.artifacts import full_disk_is_an_error
     from gsrl_core.norm_stats import write_norm_stats
 
-    fields = write_norm_stats(demos, out)
+    with full_disk_is_an_error(out):
+        fields = write_norm_stats(demos, out)
     typer.echo(" " * 12 + "".join(f"{title:>10}" for title in ("mean", "std", "q01", "q99")))
     for field, stats in fields.items():
         for index, row in enumerate(zip(stats.mean, stats.std, stats.q01, stats.q99, strict=True)):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,14 @@ from gsrl_core.deploy.limits import TRANSLATION_MAX
 from gsrl_core.errors import TrainingError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.policy.config import IMAGE_SLOTS
-from gsrl_core.policy.demonstrations import Episode, claim_folder, load_demonstrations, shard_folder, write_shard
+from gsrl_core.policy.demonstrations import (
+    Episode,
+    check_camera_names,
+    claim_folder,
+    load_demonstrations,
+    shard_folder,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
@@ -142,15 +150,16 @@ class LeRobotFolder:
             TrainingError: not a LeRobot v3 dataset, or a feature is missing or has the wrong shape.
         """
         meta = _metadata(source)
-        own = _own_facts(source, meta.total_episodes)
-        return cls(
-            source,
-            meta,
-            _vector_key(meta, STATE_KEYS),
-            _vector_key(meta, ACTION_KEYS, len(ACTION_NAMES)),
-            {} if cameras is None else _camera_keys(meta, own.get("cameras", {}), cameras),
-            own.get("seeds", range(meta.total_episodes)),
-        )
+        with _readable(source, "meta"):
+            own = _own_facts(source, meta.total_episodes)
+            return cls(
+                source,
+                meta,
+                _vector_key(meta, STATE_KEYS),
+                _vector_key(meta, ACTION_KEYS, len(ACTION_NAMES)),
+                {} if cameras is None else _camera_keys(meta, own.get("cameras", {}), cameras),
+                own.get("seeds", range(meta.total_episodes)),
+            )
 
     def digest(self) -> str:
         """A text that changes with the dataset: its metadata (which hold statistics of all) and its files' sizes."""
@@ -182,17 +191,25 @@ class LeRobotFolder:
         with _readable(self.root, "the data"):
             table = self._table(everything, [self.state, self.action])
             state, action = (self._matrix(table, key) for key in (self.state, self.action))
-        self._check_vectors(state, action, "the dataset")
+            self._check_vectors(state, action, "the dataset")
         return state, action
 
     @cached_property
     def _lengths(self) -> list[int]:
-        return list(self.meta.episodes["length"])
+        with _readable(self.root, "meta/episodes"):
+            lengths = list(self.meta.episodes["length"])
+        if len(lengths) != len(self.seeds):
+            raise TrainingError(
+                f"{self.root}: meta/info.json says {len(self.seeds)} episodes, meta/episodes has {len(lengths)}; fetch "
+                "the dataset again"
+            )
+        return lengths
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Height and width [px] of each camera's pictures, as the metadata tell them."""
-        return {name: _picture_size(key, self.meta.features[key]["shape"]) for name, key in self.cameras.items()}
+        with _readable(self.root, "meta/info.json"):
+            return {name: _picture_size(key, self.meta.features[key]["shape"]) for name, key in self.cameras.items()}
 
     def _table(self, batch: range, columns: list[str]) -> pa.Table:
         files = dict.fromkeys(self.meta.get_data_file_path(index) for index in batch)
@@ -360,7 +377,14 @@ def _own_facts(source: Path, episodes: int) -> dict[str, Any]:
         return {}
     with _readable(source, _OWN_FACTS):
         facts = json.loads(path.read_text())
-        return facts if len(facts["seeds"]) == episodes else {}
+        seeds, cameras = facts["seeds"], facts.get("cameras", {})
+        # Ascending, because neighbours of one seed would become one episode.
+        numbers = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+        if not numbers or any(first >= second for first, second in pairwise(seeds)):
+            raise ValueError("seeds must be ascending integers from 0 on")
+        if not isinstance(cameras, dict) or not all(isinstance(name, str) for name in cameras.values()):
+            raise ValueError("cameras must be names by feature")
+        return facts if len(seeds) == episodes else {}
 
 
 def _vector_key(meta: LeRobotDatasetMetadata, keys: tuple[str, ...], width: int | None = None) -> str:
@@ -394,6 +418,7 @@ def _camera_keys(meta: LeRobotDatasetMetadata, known: Mapping[str, str], chosen:
         )
     if chosen:
         return {slot: keys[name] for slot, name in zip(IMAGE_SLOTS, chosen, strict=False)}
+    check_camera_names(available, f"{meta.root} (--camera avoids its names)")
     return {name: available[name] for name in sorted(available)}
 
 
@@ -427,6 +452,8 @@ def _readable(source: Path, what: str) -> Iterator[None]:
     """What libraries raise on broken files, as one TrainingError that says where."""
     try:
         yield
-    except (OSError, ValueError, LookupError, FFmpegError, pa.ArrowException) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, FFmpegError, pa.ArrowException
+    ) as error:  # fmt: skip
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(f"{source}: {what} cannot be read ({reason}); fetch the dataset again") from error

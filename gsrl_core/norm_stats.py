@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gsrl_core.artifacts import write_json
+from gsrl_core.errors import TrainingError
 from gsrl_core.lerobot_data import LeRobotFolder, is_lerobot
 from gsrl_core.policy.demonstrations import load_demonstrations
 from gsrl_core.policy.transforms import FieldStats, norm_stats_to_json
@@ -24,8 +25,10 @@ def write_norm_stats(data: Path, out: Path) -> dict[str, FieldStats]:
         Statistics of ``state`` (float32 [S] each) and ``actions`` (float32 [A] each) over all frames.
 
     Raises:
-        TrainingError: no data in ``data``, or broken data.
+        TrainingError: no data in ``data``, or broken data, or ``out`` is a folder.
     """
+    if out.is_dir():
+        raise TrainingError(f"{out} is a folder; name the file to write, for example {out / 'norm_stats.json'}")
     state, actions = map(FieldStats.of, _vectors(data))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, norm_stats_to_json(state, actions))

@@ -34,6 +34,7 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
                 build.out,
                 action_chunk=policy.action_chunk,
                 noise_method=policy.noise_method,
+                noise_std_range=policy.noise_std_range,
                 discrete_state=policy.discrete_state,
                 asset_id=policy.asset_id,
             )
@@ -42,7 +43,8 @@ def fetch_checkpoint(config: PipelineConfig, parent_run_id: str) -> Result:
     identity = {
         "source": f"{source.kind}:{source.reference}:{source.identity}",
         "sha256": policy.sha256 or "",
-        "checked for": f"{policy.action_chunk}, {policy.noise_method}, {policy.discrete_state}, {policy.asset_id}",
+        "checked for": f"{policy.action_chunk}, {policy.noise_method}, {policy.noise_std_range}, "
+        f"{policy.discrete_state}, {policy.asset_id}",
     }
     return run_stage(CHECKPOINT, config, {}, body, parent_run_id, identity=identity)
 

@@ -215,6 +215,7 @@ def check_checkpoint(
     *,
     action_chunk: int,
     noise_method: str,
+    noise_std_range: tuple[float, float] = (0.08, 0.16),
     discrete_state: bool | None = None,
     asset_id: str | None = None,
 ) -> None:
@@ -224,12 +225,13 @@ def check_checkpoint(
         folder: as for :func:`load_policy`.
         action_chunk: actions executed per decision.
         noise_method: ``flow_sde`` or ``flow_noise``, which needs a head of its own.
+        noise_std_range: of Flow-Noise; must be what a head of RLinf's was trained for.
         discrete_state: as for :func:`load_policy`.
         asset_id: likewise.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or misshapen, a file is broken, or the statistics, the
-            tokenizer or ``action_chunk`` do not fit config.json.
+        CheckpointError: a tensor is missing, unexpected or misshapen, a file is broken, the statistics, the tokenizer
+            or ``action_chunk`` do not fit config.json, or the noise head is of another range.
     """
     config = read_config(folder, discrete_state)
     files = weights_files(folder)
@@ -238,7 +240,7 @@ def check_checkpoint(
         heads |= tensor_header(folder / "heads.safetensors")
     with torch.device("meta"):
         check_names(network, Pi05(config).state_dict(), str(files[0]))
-    for head, prefix in zip(fresh_heads(config, noise_method), HEADS, strict=True):
+    for head, prefix in zip(fresh_heads(config, noise_method, tuple(noise_std_range)), HEADS, strict=True):
         if head is not None:
             check_head(head, prefix, heads, folder)
     load_tokenizer(folder, config)

@@ -180,12 +180,15 @@ def _lerobot_settings(values: Mapping[str, Any], usual: str) -> dict[str, Any]:
         raise CheckpointError(f"config.json: normalization_mapping is {mapping!r}; VISUAL must be IDENTITY")
     state, actions = (mapping.get(kind, LEROBOT_MODES[usual]) for kind in ("STATE", "ACTION"))
     names = {mode: name for name, mode in LEROBOT_MODES.items()}
-    if state != actions or state not in names:
+    if state != actions or state not in tuple(names):
         raise CheckpointError(
             f"config.json: normalization_mapping has STATE {state!r} and ACTION {actions!r}; allowed: the same for "
             f"both, {' or '.join(names)}"
         )
-    height, width = values.get("image_resolution", (224, 224))
+    resolution = values.get("image_resolution", (224, 224))
+    if not isinstance(resolution, list | tuple) or len(resolution) != 2:
+        raise CheckpointError(f"config.json: image_resolution is {resolution!r}; expected [height, width]")
+    height, width = resolution
     if height != width:
         raise CheckpointError(f"config.json: image_resolution is {height} x {width}; pictures must be square")
     return {"normalization": names[state], "image_size": height}

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from gsrl_core.errors import TrainingError
 
 HELD_OUT_EVERY = 20
 """Every n-th episode measures the loss and is not trained on."""
+_CAMERA = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,21 @@ def shard_folder(folder: Path, first_seed: int) -> Path:
     return folder / f"shard-{first_seed:010d}"
 
 
+def check_camera_names(names: Iterable[str], where: str) -> None:
+    """Raise TrainingError for a name that cannot be part of a file's name; ``where`` begins its message."""
+    if strange := [name for name in names if not _CAMERA.fullmatch(name)]:
+        raise TrainingError(
+            f"{where}: {strange[0]!r} cannot be a camera's name here: only letters, digits, '_', '.' and '-'"
+        )
+
+
 def write_shard(folder: Path, first_seed: int, episodes: Sequence[Episode]) -> None:
-    """Write a shard whole or not at all; a shard without episodes is legal (all attempts failed)."""
+    """Write a shard whole or not at all; a shard without episodes is legal (all attempts failed).
+
+    Raises:
+        TrainingError: a camera's name cannot be part of a file's name.
+    """
+    check_camera_names(episodes[0].rgb if episodes else (), str(folder))
     temporary = folder / f".shard-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -30,12 +31,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_header(path: Path) -> dict[str, Tensor]:
-    """The same without numbers (meta device), after the file's length was found to be right. Raises CheckpointError."""
+    """The same without numbers (meta device), after the file's length was found to be right. Raises CheckpointError.
+
+    Tensors of a single number do hold it: RLinf keeps settings in such.
+    """
     if path.suffix == ".pt":
         with _readable(path):
-            return _state_dict(path, "meta")
+            mapped = _state_dict(path, "cpu")
+            return {name: tensor if tensor.numel() == 1 else tensor.to("meta") for name, tensor in mapped.items()}
     with _readable(path), safe_open(path, "pt") as file:
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        return {
+            name: file.get_tensor(name) if math.prod(shape) == 1 else torch.empty(shape, device="meta")
+            for name, shape in shapes.items()
+        }
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

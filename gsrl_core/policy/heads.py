@@ -16,6 +16,8 @@ from gsrl_core.policy.flow import NoiseHead
 from gsrl_core.policy.keys import check_names
 from gsrl_core.policy.value import ValueHead
 
+_BOUNDS = ("logvar_min", "logvar_max")
+
 
 def fresh_heads(
     config: Pi05Config, noise_method: str, noise_std_range: tuple[float, float] = (0.08, 0.16)
@@ -38,17 +40,22 @@ def load_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder:
 def check_head(head: nn.Module, prefix: str, heads: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The head's own tensors; none is legal (it starts fresh). Raises CheckpointError."""
     given = {name.removeprefix(prefix): tensor for name, tensor in heads.items() if name.startswith(prefix)}
-    bounds = [given.pop(name) for name in ("logvar_min", "logvar_max") if name in given]
-    if isinstance(head, NoiseHead) and bounds and not bounds[0].is_meta:
+    bounds = {name: given.pop(name) for name in _BOUNDS if name in given}
+    if isinstance(head, NoiseHead) and bounds:
         _check_range(head, bounds, folder)
     if given:
         check_names(given, head.state_dict(), f"{prefix[:-1]} of {folder}")
     return given
 
 
-def _check_range(head: NoiseHead, bounds: list[Tensor], folder: Path) -> None:
+def _check_range(head: NoiseHead, bounds: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless RLinf's buffers, log(std^2) at both ends, are the head's range."""
-    low, high = (math.exp(0.5 * float(bound)) for bound in bounds)
+    if len(bounds) < len(_BOUNDS) or any(bound.numel() != 1 for bound in bounds.values()):
+        raise CheckpointError(
+            f"the noise head of {folder} must bring {' and '.join(_BOUNDS)} as one number each, or neither; fetch the "
+            "checkpoint again"
+        )
+    low, high = (bounds[name].double().mul(0.5).exp().item() for name in _BOUNDS)
     if not all(map(partial(math.isclose, rel_tol=1e-4), (low, high), head.std_range)):
         raise CheckpointError(
             f"the noise head of {folder} was trained for standard deviations of {low:.4g} to {high:.4g}; set "

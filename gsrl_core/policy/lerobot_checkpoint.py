@@ -16,7 +16,7 @@ from torch import Tensor
 from gsrl_core.artifacts import write_bytes
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.checkpoint import load_tokenizer, read_config, read_norm_stats, write_folder
-from gsrl_core.policy.config import IMAGE_SLOTS, LEROBOT_MODES, Pi05Config
+from gsrl_core.policy.config import IMAGE_SLOTS, LEROBOT_MODES, PRESETS, Pi05Config
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors
 from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, check_names, published_tensors, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
@@ -32,6 +32,11 @@ TOKENIZER = "google/paligemma-3b-pt-224"
 _PREFIX = "model."
 _WIDE = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
 """What lerobot keeps in float32 in a policy of dtype bfloat16 (``to_bfloat16_for_selected_params``)."""
+_FIXED = (
+    "width", "depth", "vocab_size", "mlp", "heads", "kv_heads", "head_dim", "expert_width", "expert_mlp", "patch_size",
+    "vision_width", "vision_depth", "vision_heads", "vision_mlp",
+)  # fmt: skip
+"""Sizes that lerobot's PI05Config has no setting for."""
 
 
 def export_checkpoint(folder: Path, out: Path) -> dict[str, Any]:
@@ -56,6 +61,7 @@ def export_checkpoint(folder: Path, out: Path) -> dict[str, Any]:
     config = read_config(folder)
     if config.family != "pi05":
         raise CheckpointError(f"{folder} is a {config.family} checkpoint; only pi05 can be exported")
+    _require_full_size(folder, config)
     state, actions = read_norm_stats(folder, config)
     tokenizer = load_tokenizer(folder, config).path
     network, heads, carried = _read_tensors(folder, config)
@@ -114,6 +120,17 @@ def import_checkpoint(
 def _require_new(out: Path) -> None:
     if out.exists():
         raise CheckpointError(f"{out} exists; a checkpoint is written to a new folder")
+
+
+def _require_full_size(folder: Path, config: Pi05Config) -> None:
+    sizes = {name: (getattr(config, name), getattr(PRESETS["pi05"], name)) for name in _FIXED}
+    differing = [f"{name} {given} instead of {full}" for name, (given, full) in sizes.items() if given != full]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{folder} is not of pi0.5's full size, the only one that lerobot builds, so it cannot be exported: "
+            f"{', '.join(differing[:3])}{more}"
+        )
 
 
 def _read_tensors(folder: Path, config: Pi05Config) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -54,7 +54,7 @@ def load_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def weights_header(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The same without numbers (meta device). Raises CheckpointError."""
+    """The same without numbers (meta device) but for single ones. Raises CheckpointError."""
     return _joined(tensor_header, files)
 
 

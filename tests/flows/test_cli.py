@@ -165,6 +165,10 @@ CASES = {
         "is not a LeRobot dataset: it has no meta/info.json",
     ),
     "no statistics": (lambda folder, out: ["norm-stats", "--demos", folder, "--out", out], "no demonstrations in"),
+    "statistics into a folder": (
+        lambda folder, out: ["norm-stats", "--demos", folder, "--out", folder],
+        "is a folder; name the file to write",
+    ),
     "two starts": (
         lambda folder, out: ["sft", "--demos", folder, "--out", out, "--init", folder, "--model", "pi05_small"],
         "given brings its own size; give one",

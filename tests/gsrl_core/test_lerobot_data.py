@@ -206,6 +206,13 @@ def test_only_finished_demonstrations_go_out_and_only_to_a_new_folder(demos, exp
         export_lerobot(copy, tmp_path / "out", REPORTER)
 
 
+def test_names_of_cameras_that_are_no_names_of_files_are_refused(tmp_path):
+    odd = Episode(0, "go", {"bench/top": np.zeros((2, *SIZE), np.uint8)}, *vectors(np.random.default_rng(0), 2))
+    with pytest.raises(TrainingError, match="'bench/top' cannot be a camera's name here"):
+        write_shard(tmp_path, 0, [odd])
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_stays_of_an_interrupted_export(demos, tmp_path):
     class Dying(NullReporter):
         def progress(self, fraction, message):
@@ -224,6 +231,10 @@ def with_info(change):
         path.write_text(json.dumps(info))
 
     return spoil
+
+
+def with_file(name, content):
+    return lambda root: (root / "meta" / name).write_text(json.dumps(content))
 
 
 def with_column(name, change):
@@ -300,6 +311,32 @@ def twice_as_many_cameras(info):
 FAULTS = {
     "no dataset": (lambda root: shutil.rmtree(root / "meta"), "is not a LeRobot dataset: it has no meta/info.json"),
     "no JSON": (cut("info.json"), "meta/info.json cannot be read"),
+    "a list": (with_file("info.json", []), "meta/info.json cannot be read"),
+    "features in a list": (with_info(lambda info: info.update(features=[])), "meta cannot be read"),
+    "shape of no list": (
+        with_info(lambda info: info["features"]["action"].update(shape=7)),
+        "cannot be read",
+    ),
+    "rate in words": (with_info(lambda info: info.update(fps="fast")), "cannot be read"),
+    "number in words": (with_info(lambda info: info.update(total_episodes="three")), "cannot be read"),
+    "an episode more": (with_info(lambda info: info.update(total_episodes=4)), "says 4 episodes, meta/episodes has 3"),
+    "an episode less": (with_info(lambda info: info.update(total_episodes=2)), "says 2 episodes, meta/episodes has 3"),
+    "own facts in a list": (with_file("demonstrations.json", []), "meta/demonstrations.json cannot be read"),
+    "own facts without seeds": (with_file("demonstrations.json", {"seeds": None}), "seeds must be ascending"),
+    "seeds in words": (with_file("demonstrations.json", {"seeds": ["a", "b", "c"]}), "seeds must be ascending"),
+    "seeds twice": (with_file("demonstrations.json", {"seeds": [1, 1, 2]}), "seeds must be ascending"),
+    "cameras in a list": (
+        with_file("demonstrations.json", {"seeds": [1, 2, 3], "cameras": ["front"]}),
+        "cameras must be names by feature",
+    ),
+    "camera with a slash": (
+        with_file("demonstrations.json", {"seeds": [1, 2, 3], "cameras": {"observation.images.front": "../../front"}}),
+        r"'\.\./\.\./front' cannot be a camera's name here",
+    ),
+    "feature with a slash": (
+        renamed(**{"observation.image.side": "observation.image.bench/top"}),
+        r"\(--camera avoids its names\): 'bench/top' cannot be a camera's name here",
+    ),
     "no episodes": (lambda root: shutil.rmtree(root / "meta" / "episodes"), "has no episodes"),
     "old version": (
         with_info(lambda info: info.update(codebase_version="v2.1")),

@@ -31,3 +31,8 @@ def test_statistics_of_demonstrations_and_of_the_same_as_a_dataset(tmp_path):
 def test_nothing_to_compute_from_is_an_error(tmp_path):
     with pytest.raises(TrainingError, match="no demonstrations"):
         write_norm_stats(tmp_path, tmp_path / "norm_stats.json")
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(TrainingError, match=r"is a folder; name the file to write, for example .*/norm_stats\.json"):
+        write_norm_stats(tmp_path, tmp_path)

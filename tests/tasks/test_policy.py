@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
 from prefect.states import State
+from safetensors.torch import load_file, save_file
 
 from gsrl_core.config import load
 from gsrl_core.errors import CheckpointError
@@ -56,3 +59,12 @@ def test_of_several_robots_statistics_one_is_chosen(tracking, folder):
     with pytest.raises(CheckpointError, match=r"\(droid, libero\); choose this robot's with policy\.asset_id"):
         fetch(folder, tracking[1])
     fetch(folder, tracking[1], policy__asset_id="droid")
+
+
+def test_a_noise_head_of_another_range_is_refused_at_once_also_from_the_store(tracking, folder):
+    weights = load_file(folder / "model.safetensors")
+    bounds = {f"noise_head.logvar_{end}": torch.tensor(2 * math.log(std)) for end, std in (("min", 0.1), ("max", 0.2))}
+    save_file(weights | bounds, folder / "model.safetensors")
+    fetch(folder, tracking[1], policy__noise_method="flow_noise", policy__noise_std_range=[0.1, 0.2])
+    with pytest.raises(CheckpointError, match=r"0\.1 to 0\.2; set policy\.noise_std_range"):
+        fetch(folder, tracking[1], policy__noise_method="flow_noise")

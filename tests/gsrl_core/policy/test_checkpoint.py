@@ -376,6 +376,13 @@ def test_configuration_round_trip_and_foreign_files():
         (LEROBOT | {"use_relative_actions": True}, "use_relative_actions is True; only False is supported"),
         (LEROBOT | {"max_period": 10.0}, "max_period is 10.0; only 4.0"),
         (LEROBOT | {"image_resolution": [224, 320]}, "must be square"),
+        (LEROBOT | {"image_resolution": 224}, r"image_resolution is 224; expected \[height, width\]"),
+        (LEROBOT | {"image_resolution": [224]}, r"image_resolution is \[224\]; expected"),
+        (LEROBOT | {"image_resolution": ["a", "a"]}, "image_size must be a positive integer"),
+        (
+            LEROBOT | {"normalization_mapping": {"STATE": ["MEAN_STD"], "ACTION": ["MEAN_STD"]}},
+            r"STATE \['MEAN_STD'\] and ACTION .*; allowed: the same for both",
+        ),
         (LEROBOT | {"normalization_mapping": {"VISUAL": "MEAN_STD"}}, "VISUAL must be IDENTITY"),
         (
             LEROBOT | {"normalization_mapping": {"STATE": "MEAN_STD"}},
@@ -478,8 +485,35 @@ def test_rlinfs_noise_head_loads(folder, copy):
     loaded = load_policy(copy, **SETTINGS, noise_method="flow_noise").noise_head.state_dict()
     assert all(torch.equal(loaded[name], trained[name]) for name in loaded | trained)
     assert load_policy(copy, **SETTINGS).noise_head is None
-    with pytest.raises(CheckpointError, match=r"0.08 to 0.16; set policy.noise_std_range"):
-        load_policy(copy, **SETTINGS, noise_method="flow_noise", noise_std_range=(0.04, 0.1))
+
+
+def load_and_check(folder, message, **choices):
+    """Both refuse, in the same words."""
+    for call in (lambda: load_policy(folder, **SETTINGS, **choices), lambda: check(folder, **choices)):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"0\.08 to 0\.16; set policy\.noise_std_range"),
+        ({"logvar_min": None}, "logvar_min and logvar_max as one number each, or neither"),
+        ({"logvar_max": None}, "logvar_min and logvar_max as one number each, or neither"),
+        ({"logvar_max": torch.zeros(2)}, "logvar_min and logvar_max as one number each, or neither"),
+        ({"logvar_max": torch.tensor(1e9)}, "0.08 to inf; set"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "full_weights.pt"])
+def test_the_range_of_rlinfs_noise_head_must_be_the_configured_one(copy, name, change, message):
+    bounds = {f"logvar_{end}": torch.tensor([2 * math.log(std)]) for end, std in (("min", 0.08), ("max", 0.16))}
+    given = {f"noise_head.{key}": bound for key, bound in (bounds | change).items() if bound is not None}
+    rewrite(copy, lambda tensors: tensors | given)
+    if name == "full_weights.pt":
+        torch.save(load_file(copy / "model.safetensors"), copy / name)
+        (copy / "model.safetensors").unlink()
+    check(copy)
+    load_and_check(copy, message, noise_method="flow_noise", noise_std_range=(0.04, 0.1))
 
 
 def test_saving_is_atomic(folder, tmp_path, monkeypatch):

@@ -181,11 +181,16 @@ def test_a_policy_of_lerobots_loads_before_and_after_training(lerobot, tmp_path)
     ("change", "message"),
     [
         ({"family": "pi0"}, "is a pi0 checkpoint; only pi05"),
-        ({"vocab_size": 512}, "for lerobot's PI05Policy, does not fit the architecture. .* misshapen"),
-        ({"depth": 1}, "for lerobot's PI05Policy, does not fit the architecture. .* missing: .*layers.1"),
+        ({"vocab_size": 512}, r"full size, the only one that lerobot builds, .*: vocab_size 512 instead of 257152$"),
+        (
+            {"depth": 1, "mlp": 32},
+            r"the only one that lerobot builds, .*: depth 1 instead of 2, mlp 32 instead of \d+$",
+        ),
+        ({"depth": 1, "mlp": 32, "expert_mlp": 32, "vision_mlp": 32}, "expert_mlp 32 instead of [0-9]+ and 1 more$"),
     ],
 )
-def test_what_lerobot_cannot_build_is_refused(lerobot, tmp_path, change, message):
+def test_what_lerobot_cannot_build_is_refused_before_weights_are_read(lerobot, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("gsrl_core.policy.lerobot_checkpoint.load_weights", None)
     ours = make_folder(tmp_path / "ours", dataclasses.replace(SIZES, **change))
     with pytest.raises(CheckpointError, match=message):
         export_checkpoint(ours, tmp_path / "theirs")
