@@ -132,7 +132,12 @@ def write_checkpoint(
     card: str,
     asset_id: str | None = None,
 ) -> None:
-    """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
+    """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay.
+
+    Raises:
+        CheckpointError: a file that ``network`` was read from was written to since, or ``folder`` cannot be replaced.
+    """
+    network.origin.require_unchanged()
     own = {name: network.origin.as_stored(name, tensor) for name, tensor in network.state_dict().items()}
     tensors = published_tensors(own, carried, network.config.family)
     write_folder(folder, network.config, tensors, tokenizer, state_stats, action_stats, heads, card, asset_id)
@@ -215,13 +220,16 @@ def load_network(
     tensors, heads, carried = sort_tensors(load_weights(files))
     if (folder / "heads.safetensors").is_file():
         heads |= load_tensors(folder / "heads.safetensors")
+        files = (*files, folder / "heads.safetensors")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = Pi05(config, compute_dtype)
     check_names(tensors, network.state_dict(), str(files[0]))
-    placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
+    dtypes = {name: _stored_dtype(name, compute_dtype) for name in tensors}
+    network.origin = Origin.of(files, tensors, dtypes)
+    # Copies: what stayed mapped would change with its file.
+    placed = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in tensors.items()}
     network.load_state_dict(placed, assign=True)
-    network.origin = Origin.of(files, tensors, placed)
     return network.eval(), heads, carried
 
 

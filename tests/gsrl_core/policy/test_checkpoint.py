@@ -219,6 +219,32 @@ def test_what_was_rounded_outlives_its_file_but_not_a_change_of_it(copy, tmp_pat
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == before.keys()
 
 
+def test_a_rewrite_in_place_of_what_was_read_changes_no_weight_and_is_told(copy, tmp_path):
+    rewrite(copy, lambda tensors: tensors | {UNUSED: torch.ones(3, 2)})
+    save_checkpoint(copy, load_policy(copy, **SETTINGS))
+    for name in ("model.safetensors", "heads.safetensors"):
+        source, content = copy / name, (copy / name).read_bytes()
+        policy = load_policy(copy, **SETTINGS)
+        weights = policy.network.state_dict() | policy.value_head.state_dict()
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        with source.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(start)
+            file.write(bytes(len(content) - start))
+        assert all(torch.equal(weights[name], before[name]) for name in before)
+        with pytest.raises(CheckpointError, match=rf"{name} was written to while a policy"):
+            save_checkpoint(tmp_path / "saved", policy)
+        assert not (tmp_path / "saved").exists()
+        source.write_bytes(content)
+
+
+def test_a_checkpoint_can_take_the_place_of_its_start_again_and_again(copy):
+    """Nothing else may get the inode of the file that was read."""
+    policy = load_policy(copy, **SETTINGS)
+    for _ in range(4):
+        save_checkpoint(copy, policy)
+
+
 def test_unused_head_is_carried_through(copy, tmp_path):
     unused = torch.arange(6.0).reshape(3, 2)
     rewrite(copy, lambda tensors: tensors | {UNUSED: unused})
