@@ -124,6 +124,8 @@ def sft(
             device="cuda" if torch.cuda.is_available() else "cpu",
             reporter=ConsoleReporter("sft"),
             command=f"real2sim2real sft --preset {preset} --demos {demos.name} --out {out.name} {start}",
+            discrete_state=config.policy.discrete_state,
+            asset_id=config.policy.asset_id,
         )  # fmt: skip
     typer.echo(json.dumps(facts))
 

@@ -242,7 +242,7 @@ def _fill(
 
 
 def _copy_checkpoint(checkpoint: Path, out: Path) -> None:
-    stats = sorted(checkpoint.glob("assets/*/norm_stats.json"))
+    stats = sorted(checkpoint.glob("assets/*/**/norm_stats.json"))  # an id may be nested: someone/droid
     missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing or len(stats) != 1:
         problem = (

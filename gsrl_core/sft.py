@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from gsrl_core.errors import CheckpointError
 from gsrl_core.interfaces import Reporter
 from gsrl_core.policy.card import model_card
 from gsrl_core.policy.checkpoint import load_network, load_tokenizer, read_config, read_norm_stats, write_checkpoint
-from gsrl_core.policy.config import preset
+from gsrl_core.policy.config import Pi05Config, preset
 from gsrl_core.policy.demonstrations import Demonstrations, load_demonstrations, split_rows
 from gsrl_core.policy.files import require_replaceable
 from gsrl_core.policy.frames import FrameSet, picture_bytes
 from gsrl_core.policy.pi05 import Pi05, initialise
 from gsrl_core.policy.sft_memory import Footprint, picture_device
 from gsrl_core.policy.sft_trainer import SftTrainer, trained_parameters
+from gsrl_core.policy.statistics import require_asset_id, statistics_id
 from gsrl_core.policy.storage import GIB, free_memory
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, Normalizer
@@ -44,6 +45,7 @@ class _Parts:
     state_stats: FieldStats
     action_stats: FieldStats
     carried: dict[str, Tensor]
+    asset_id: str | None
 
 
 def train_sft(
@@ -57,6 +59,8 @@ def train_sft(
     reporter: Reporter,
     workspace: Path | None = None,
     command: str = "",
+    discrete_state: bool | None = None,
+    asset_id: str | None = None,
 ) -> dict[str, Any]:
     """Train on the demonstrations in ``demos`` and write a checkpoint folder to ``out``.
 
@@ -71,6 +75,8 @@ def train_sft(
         workspace: where the resumable state lives; by default ``<out>.work``. Removed at the end, unless the learning
             rate is planned beyond it (``decay_steps``), so that the run can be prolonged.
         command: what made this checkpoint, for the model card.
+        discrete_state: whether the prompt carries the state; None leaves it to ``init`` or ``model``.
+        asset_id: which norm_stats.json of ``init`` if there are several, and the id of those that are written.
 
     Returns:
         Facts: steps, held_out_loss (None with fewer than 20 episodes), steps per second, counts.
@@ -82,11 +88,15 @@ def train_sft(
     """
     workspace = workspace or out.with_name(out.name + ".work")
     require_replaceable(out)
+    if asset_id is not None:
+        require_asset_id(asset_id)
     demonstrations = load_demonstrations(demos)
     inputs = {"demos": digest_folder(demos), "init": digest_folder(init) if init else model}
-    parts = _start(init, model, config, demonstrations, device)
+    choices = {"discrete_state": str(discrete_state), "asset_id": str(asset_id)}
+    parts = _start(init, model, config, demonstrations, device, discrete_state, asset_id)
     frames = _frames(parts, config, demonstrations, torch.device(device))
-    trainer = SftTrainer(parts.network, frames, split_rows(demonstrations), config, workspace, reporter, inputs)
+    split = split_rows(demonstrations)
+    trainer = SftTrainer(parts.network, frames, split, config, workspace, reporter, inputs | choices)
     facts = trainer.run() | {"frames": len(frames), "episodes": len(demonstrations.episodes())}
     trainer.adopt_average()
     _write(out, parts, facts, config, command, inputs["demos"])
@@ -96,18 +106,27 @@ def train_sft(
 
 
 def _start(
-    init: Path | None, model: str, config: SftConfig, demonstrations: Demonstrations, device: torch.device | str
+    init: Path | None,
+    model: str,
+    config: SftConfig,
+    demonstrations: Demonstrations,
+    device: torch.device | str,
+    discrete_state: bool | None = None,
+    asset_id: str | None = None,
 ) -> _Parts:
     stats = FieldStats.of(demonstrations.state), FieldStats.of(demonstrations.action)
     if init is not None:
-        sizes = read_config(init)
+        sizes = read_config(init, discrete_state)
         precision = config.precision if config.trainable == "expert" else "float32"
         network, _, carried = load_network(init, sizes, precision, device)
         if config.stats == "init":
-            stats = _fitting_stats(init, demonstrations)
-        parts = _Parts(network, load_tokenizer(init, sizes), *stats, carried)
+            stats = _fitting_stats(init, sizes, asset_id, demonstrations)
+            asset_id = statistics_id(init, asset_id)
+        parts = _Parts(network, load_tokenizer(init, sizes), *stats, carried, asset_id)
     else:
         sizes = preset(model)
+        if discrete_state is not None:
+            sizes = replace(sizes, discrete_state=discrete_state)
         if model not in FROM_RANDOM:
             raise CheckpointError(f"{model} is not trained from random weights; give a checkpoint to start from")
         if config.trainable == "expert":
@@ -118,15 +137,17 @@ def _start(
         network = Pi05(sizes)
         initialise(network, config.seed)
         tokenizer = PromptTokenizer(TINY_TOKENIZER, sizes.max_token_len, sizes.discrete_state)
-        parts = _Parts(network.to(device), tokenizer, *stats, {})
+        parts = _Parts(network.to(device), tokenizer, *stats, {}, asset_id)
     parts.network.compute_dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     parts.network.gradient_checkpointing = config.gradient_checkpointing
     return parts
 
 
-def _fitting_stats(init: Path, demonstrations: Demonstrations) -> tuple[FieldStats, FieldStats]:
+def _fitting_stats(
+    init: Path, sizes: Pi05Config, asset_id: str | None, demonstrations: Demonstrations
+) -> tuple[FieldStats, FieldStats]:
     """State and action statistics of a checkpoint, for data of the same widths."""
-    stats = read_norm_stats(init)
+    stats = read_norm_stats(init, sizes, asset_id)
     own, given = (
         "/".join(str(len(field)) for field in fields)
         for fields in ([s.mean for s in stats], [demonstrations.state.T, demonstrations.action.T])
@@ -168,4 +189,5 @@ def _write(out: Path, parts: _Parts, facts: dict[str, Any], config: SftConfig, c
         heads={},
         carried=parts.carried,
         card=model_card(parts.network.config, facts, config.model_dump(mode="json"), command, digest),
+        asset_id=parts.asset_id,
     )

@@ -89,6 +89,8 @@ def main() -> None:
         reporter=reporter,
         workspace=options.work / "sft",
         command=shlex.join(["python", "scripts/make_tiny_checkpoint.py", *_portable(sys.argv[1:])]),
+        discrete_state=config.policy.discrete_state,
+        asset_id=config.policy.asset_id,
     )
     print(trained)
     if options.init and options.share < 1:

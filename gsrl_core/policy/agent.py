@@ -65,6 +65,7 @@ class Pi05Policy:
         carried: Mapping[str, Tensor] | None = None,
         *,
         fast: bool = False,
+        asset_id: str | None = None,
     ) -> None:
         """Take the parts, on one device.
 
@@ -78,6 +79,7 @@ class Pi05Policy:
             sampling: how actions are drawn.
             carried: tensors that only pass through to the next checkpoint.
             fast: infer with :mod:`gsrl_core.policy.fast`, which knows pi0.5 only.
+            asset_id: under which id the statistics go to the next checkpoint, if they have one.
 
         Raises:
             CheckpointError: the parts do not fit each other.
@@ -89,7 +91,7 @@ class Pi05Policy:
         self.tokenizer, self.sampling, self.store = tokenizer, sampling, PrefixStore()
         mode = network.config.normalization
         self.state_normalizer, self.action_normalizer = Normalizer(state_stats, mode), Normalizer(action_stats, mode)
-        self.carried = dict(carried or {})
+        self.carried, self.asset_id = dict(carried or {}), asset_id
         self.horizon = sampling.action_chunk
         self.action_dim = self.action_normalizer.width
         self.sharded: FSDPModule | None = None

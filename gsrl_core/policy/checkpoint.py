@@ -24,7 +24,13 @@ from gsrl_core.policy.keys import HEADS, canonical, check_names, published_tenso
 from gsrl_core.policy.origin import Origin
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.sampler import Sampling
-from gsrl_core.policy.statistics import lerobot_prompts_state, read_json, read_statistics
+from gsrl_core.policy.statistics import (
+    lerobot_prompts_state,
+    read_json,
+    read_statistics,
+    require_asset_id,
+    statistics_id,
+)
 from gsrl_core.policy.tokenizer import PromptTokenizer
 from gsrl_core.policy.transforms import FieldStats, norm_stats_to_json
 from gsrl_core.policy.weights import load_weights, weights_files, weights_header
@@ -32,6 +38,7 @@ from gsrl_core.policy.weights import load_weights, weights_files, weights_header
 logger = logging.getLogger(__name__)
 
 ASSET_ID = "fr3"
+"""Of statistics that were read without an id."""
 TOKENIZERS = ("tokenizer.model", "paligemma_tokenizer.model")
 OPENPI_TOKENIZER = Path("~/.cache/openpi/big_vision/paligemma_tokenizer.model")
 """Where openpi keeps the tokenizer that its checkpoints do not bring."""
@@ -87,12 +94,16 @@ def load_policy(
         noise_head.to(device)
     fast = compile == "auto" and torch.device(device).type == "cuda"
     return Pi05Policy(
-        network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried, fast=fast
-    )
+        network, value_head, noise_head, tokenizer, state_stats, action_stats, sampling, carried, fast=fast,
+        asset_id=statistics_id(folder, asset_id),
+    )  # fmt: skip
 
 
 def save_checkpoint(folder: Path, policy: Pi05Policy, *, card: str = "") -> None:
-    """Write ``policy`` as a folder that :func:`load_policy` and openpi read; ``card`` becomes README.md."""
+    """Write ``policy`` as a folder that :func:`load_policy` and openpi read; ``card`` becomes README.md.
+
+    Its statistics keep their id, so that the settings that ``policy`` was loaded with load the new folder too.
+    """
     heads = {
         name: tensor for name, tensor in policy.state_dict_trainable().items() if name.startswith(("value_", "noise_"))
     }
@@ -105,6 +116,7 @@ def save_checkpoint(folder: Path, policy: Pi05Policy, *, card: str = "") -> None
         heads=heads,
         carried=policy.carried,
         card=card,
+        asset_id=policy.asset_id,
     )
 
 
@@ -118,11 +130,17 @@ def write_checkpoint(
     heads: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
     card: str,
+    asset_id: str | None = None,
 ) -> None:
-    """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay."""
+    """Write the parts of a checkpoint; an earlier one in ``folder`` is replaced as a whole, other files stay.
+
+    Raises:
+        CheckpointError: a file that ``network`` was read from was written to since, or ``folder`` cannot be replaced.
+    """
+    network.origin.require_unchanged()
     own = {name: network.origin.as_stored(name, tensor) for name, tensor in network.state_dict().items()}
     tensors = published_tensors(own, carried, network.config.family)
-    write_folder(folder, network.config, tensors, tokenizer, state_stats, action_stats, heads, card)
+    write_folder(folder, network.config, tensors, tokenizer, state_stats, action_stats, heads, card, asset_id)
 
 
 def write_folder(
@@ -134,13 +152,15 @@ def write_folder(
     action_stats: FieldStats,
     heads: Mapping[str, Tensor],
     card: str,
+    asset_id: str | None = None,
 ) -> None:
     """The same for ``tensors`` under the names that the file gets."""
+    place = require_asset_id(asset_id or ASSET_ID)
     with replacing(folder, _FILES) as fresh:
         save_tensors(fresh / "model.safetensors", tensors)
         if heads:
             save_tensors(fresh / "heads.safetensors", heads)
-        assets = fresh / "assets" / ASSET_ID
+        assets = fresh / "assets" / place
         assets.mkdir(parents=True)
         write_json(assets / "norm_stats.json", norm_stats_to_json(state_stats, action_stats))
         write_bytes(fresh / "tokenizer.model", tokenizer.read_bytes())
@@ -200,13 +220,16 @@ def load_network(
     tensors, heads, carried = sort_tensors(load_weights(files))
     if (folder / "heads.safetensors").is_file():
         heads |= load_tensors(folder / "heads.safetensors")
+        files = (*files, folder / "heads.safetensors")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = Pi05(config, compute_dtype)
     check_names(tensors, network.state_dict(), str(files[0]))
-    placed = {name: t.to(device, _stored_dtype(name, compute_dtype)) for name, t in tensors.items()}
+    dtypes = {name: _stored_dtype(name, compute_dtype) for name in tensors}
+    network.origin = Origin.of(files, tensors, dtypes)
+    # Copies: what stayed mapped would change with its file.
+    placed = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in tensors.items()}
     network.load_state_dict(placed, assign=True)
-    network.origin = Origin.of(files, tensors, placed)
     return network.eval(), heads, carried
 
 

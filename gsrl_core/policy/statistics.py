@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gsrl_core.errors import CheckpointError
@@ -46,6 +46,26 @@ def read_statistics(folder: Path, config: Pi05Config, asset_id: str | None = Non
         "safetensors of lerobot's with statistics; copy it from the training run: with other statistics the policy "
         "would command wrong motions"
     )
+
+
+def statistics_id(folder: Path, asset_id: str | None = None) -> str | None:
+    """Which ``assets/<id>`` (or ``<id>``) of ``folder`` :func:`read_statistics` takes; None if what it takes has no id.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    found = _norm_stats_files(folder, asset_id)
+    return (_asset_id(found, folder) or None) if found else None
+
+
+def require_asset_id(asset_id: str) -> str:
+    """``asset_id`` if it names a folder, or nested ones, below assets/. Raises CheckpointError."""
+    path = PurePosixPath(asset_id)
+    if path.is_absolute() or ".." in path.parts or not path.parts or path.as_posix() != asset_id:
+        raise CheckpointError(
+            f"policy.asset_id is {asset_id!r}; it names a folder below assets/, as 'droid' or 'someone/droid'"
+        )
+    return asset_id
 
 
 def lerobot_prompts_state(folder: Path) -> bool:

@@ -216,6 +216,20 @@ def test_sft_trains_the_model_that_is_asked_for(monkeypatch, tmp_path):
     ]
 
 
+def test_sft_reads_its_start_as_the_policy_section_says(monkeypatch, tmp_path):
+    from flows import commands
+    from gsrl_core import sft
+
+    asked = []
+    monkeypatch.setattr(
+        sft, "train_sft", lambda *_, discrete_state, asset_id, **__: asked.append((discrete_state, asset_id))
+    )
+    commands.sft(tmp_path, tmp_path / "out", init=Path("base"))
+    told = ["policy.discrete_state=false", "policy.asset_id=droid"]
+    commands.sft(tmp_path, tmp_path / "out", init=Path("base"), assignments=told)
+    assert asked == [(None, None), (False, "droid")]
+
+
 def test_debug_anywhere_adds_the_traceback(cli):
     for arguments in (["--debug", "run", "--preset", "huge"], ["run", "--preset", "huge", "--debug"]):
         done = cli(*arguments)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -383,6 +384,49 @@ def test_demonstrations_of_another_robot(demos, base, tmp_path):
     recorded = sft_module.load_demonstrations(demos)
     torch.testing.assert_close(state.q99, FieldStats.of(recorded.state).q99)
     torch.testing.assert_close(action.mean, FieldStats.of(recorded.action).mean)
+
+
+def train(demos, out, init, **choices):
+    config = SftConfig(steps=1, **SETTINGS)
+    return train_sft(demos, out, init, "pi05_tiny", config, device="cpu", reporter=NullReporter(), **choices)
+
+
+def test_a_start_with_several_statistics_and_another_prompt(demos, base, tmp_path):
+    assets, choices = base / "assets", {"discrete_state": False, "asset_id": "someone/droid"}
+    shutil.copytree(assets / "fr3", assets / "someone" / "droid")
+    path = assets / "someone" / "droid" / "norm_stats.json"
+    path.write_text(path.read_text().replace('"mean"', '"q01_of_fr3"').replace('"q99"', '"mean"'))
+    path.write_text(path.read_text().replace('"q01_of_fr3"', '"q99"'))
+    with pytest.raises(CheckpointError, match=r"several norm_stats\.json .*policy\.asset_id"):
+        train(demos, tmp_path / "out", base)
+    with pytest.raises(CheckpointError, match=r"asset_id is 'libero', but .* has statistics of: fr3, someone/droid"):
+        train(demos, tmp_path / "out", base, asset_id="libero")
+    train(demos, tmp_path / "out", base, **choices)
+    policy = load_policy(tmp_path / "out", denoise_steps=2, action_chunk=2, **choices)
+    assert policy.network.config == load_policy(tmp_path / "out", denoise_steps=2, action_chunk=2).network.config
+    assert not policy.tokenizer.discrete_state
+    read = read_norm_stats(base, asset_id="someone/droid")
+    assert all(torch.equal(a.q99, b.q99) for a, b in zip(read_norm_stats(tmp_path / "out"), read, strict=True))
+
+
+@pytest.mark.parametrize("stats", ["init", "demos"])
+def test_a_checkpoint_is_written_for_the_settings_that_made_it(demos, base, tmp_path, stats):
+    choices = {"discrete_state": False, "asset_id": "droid"}
+    (base / "assets" / "fr3").rename(base / "assets" / "droid")
+    config = SftConfig(steps=1, stats=stats, **SETTINGS)
+    for init in (base, None):
+        train_sft(demos, tmp_path / "out", init, "pi05_tiny", config, device="cpu", reporter=NullReporter(), **choices)
+        policy = load_policy(tmp_path / "out", denoise_steps=2, action_chunk=2, asset_id="droid")
+        assert not policy.tokenizer.discrete_state
+    with pytest.raises(CheckpointError, match="names a folder below assets/"):
+        train(demos, tmp_path / "out", None, asset_id="../droid")
+
+
+@pytest.mark.parametrize("choice", [{"discrete_state": False}, {"asset_id": "droid"}])
+def test_workspace_of_another_reading_of_the_start_is_refused(demos, half_done, choice):
+    config = SftConfig(steps=4, **SETTINGS)
+    with pytest.raises(TrainingError, match=rf"other settings or inputs \(({next(iter(choice))}|frames)\)"):
+        train_sft(demos, half_done, None, "pi05_tiny", config, device="cpu", reporter=NullReporter(), **choice)
 
 
 def test_pi0_learns_with_its_token_of_the_state(demos, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gsrl_core.artifacts import digest_folder
 from gsrl_core.errors import CheckpointError
+from gsrl_core.package import _copy_checkpoint
 from gsrl_core.policy.checkpoint import (
     check_checkpoint,
     load_policy,
@@ -218,6 +219,35 @@ def test_what_was_rounded_outlives_its_file_but_not_a_change_of_it(copy, tmp_pat
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == before.keys()
 
 
+def test_a_rewrite_in_place_of_what_was_read_changes_no_weight_and_is_told(copy, tmp_path):
+    rewrite(copy, lambda tensors: tensors | {UNUSED: torch.ones(3, 2)})
+    save_checkpoint(copy, load_policy(copy, **SETTINGS))
+    for name in ("model.safetensors", "heads.safetensors"):
+        source, content = copy / name, (copy / name).read_bytes()
+        policy = load_policy(copy, **SETTINGS)
+        weights = policy.network.state_dict() | policy.value_head.state_dict()
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        with source.open("r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(start)
+            file.write(bytes(len(content) - start))
+        assert all(torch.equal(weights[name], before[name]) for name in before)
+        with pytest.raises(CheckpointError, match=rf"{name} was written to while a policy"):
+            save_checkpoint(tmp_path / "saved", policy)
+        assert not (tmp_path / "saved").exists()
+        source.write_bytes(content)
+
+
+def test_a_file_that_takes_the_place_of_a_source_is_no_change_of_it(copy, tmp_path):
+    """File systems give the inode of a deleted file to the next one."""
+    policy = load_policy(copy, **SETTINGS)
+    source = copy / "model.safetensors"
+    source.unlink()
+    source.write_bytes(b"something else")
+    for _ in range(3):
+        save_checkpoint(copy, policy)
+
+
 def test_unused_head_is_carried_through(copy, tmp_path):
     unused = torch.arange(6.0).reshape(3, 2)
     rewrite(copy, lambda tensors: tensors | {UNUSED: unused})
@@ -303,6 +333,32 @@ def test_of_two_norm_stats_one_is_chosen(folder, copy):
     check(copy, asset_id="fr3")
     with pytest.raises(CheckpointError, match=r"policy\.asset_id is 'franka', but .* has statistics of: droid, fr3"):
         check(copy, asset_id="franka")
+
+
+@pytest.mark.parametrize("asset_id", ["droid", "someone/droid"])
+def test_the_settings_that_a_checkpoint_was_loaded_with_load_what_is_saved_from_it(copy, tmp_path, asset_id):
+    shutil.copytree(copy / "assets" / "fr3", copy / "assets" / asset_id)
+    stats = copy / "assets" / asset_id / "norm_stats.json"
+    rewrite_json(stats, lambda v: v["norm_stats"]["actions"]["q99"].reverse())
+    save_checkpoint(tmp_path / "saved", load_policy(copy, **SETTINGS, asset_id=asset_id))
+    saved = [path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("norm_stats.json")]
+    assert saved == [stats.relative_to(copy)]
+    check(tmp_path / "saved", asset_id=asset_id)
+    expected = outputs(copy, asset_id=asset_id)
+    assert same(outputs(tmp_path / "saved", asset_id=asset_id), expected)
+    assert same(outputs(tmp_path / "saved"), expected)
+    (tmp_path / "package").mkdir()
+    _copy_checkpoint(tmp_path / "saved", tmp_path / "package")
+    assert same(outputs(tmp_path / "package", asset_id=asset_id), expected)
+
+
+@pytest.mark.parametrize("asset_id", ["../droid", "/droid", "droid/", "."])
+def test_statistics_are_written_below_assets_only(folder, tmp_path, asset_id):
+    policy = load_policy(folder, **SETTINGS)
+    policy.asset_id = asset_id
+    with pytest.raises(CheckpointError, match=r"names a folder below assets/"):
+        save_checkpoint(tmp_path / "saved", policy)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mean_and_deviation_are_enough_where_nothing_else_is_needed(copy):
