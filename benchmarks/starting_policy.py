@@ -105,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         facts = train_sft(
             demos, folder, init, options.model, round_settings(config, number, options.round_steps).sft,
             device=default_device(), reporter=NullReporter(),
+            discrete_state=config.policy.discrete_state, asset_id=config.policy.asset_id,
         )  # fmt: skip
         print(f"{time.monotonic() - start:.0f} s: round {number}: {facts}", flush=True)
 

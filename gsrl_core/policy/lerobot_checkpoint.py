@@ -20,7 +20,7 @@ from gsrl_core.policy.config import IMAGE_SLOTS, LEROBOT_MODES, PRESETS, Pi05Con
 from gsrl_core.policy.files import load_tensors, replacing, save_tensors
 from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, check_names, published_tensors, sort_tensors
 from gsrl_core.policy.pi05 import Pi05
-from gsrl_core.policy.statistics import LEROBOT_FIELDS
+from gsrl_core.policy.statistics import LEROBOT_FIELDS, statistics_id
 from gsrl_core.policy.transforms import STATISTICS, FieldStats
 from gsrl_core.policy.weights import load_weights, weights_files
 
@@ -108,7 +108,9 @@ def import_checkpoint(
     tokenizer = load_tokenizer(folder, config, tokenizer).path
     network, heads, carried = _read_tensors(folder, config)
     tensors = published_tensors(network, carried, config.family)
-    write_folder(out, config, tensors, tokenizer, *stats, heads, card="")
+    # Under the id that they had, so that settings which read the one read the other.
+    own_id = statistics_id(folder, asset_id)
+    write_folder(out, config, tensors, tokenizer, *stats, heads, card="", asset_id=own_id)
     return {
         "tensors": len(tensors),
         "horizon": config.horizon,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -211,6 +212,15 @@ def test_a_tokenizer_can_be_given(folder, tmp_path):
     import_checkpoint(bare, tmp_path / "out", tokenizer=TOKENIZER, discrete_state=False)
     assert not read_config(tmp_path / "out").discrete_state
     assert load_policy(tmp_path / "out", denoise_steps=1, action_chunk=1)
+
+
+def test_statistics_keep_their_id(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "two")
+    (found,) = (tmp_path / "two" / "assets").iterdir()
+    found.rename(found.with_name("droid"))
+    shutil.copytree(found.with_name("droid"), found.with_name("trossen"))
+    import_checkpoint(tmp_path / "two", tmp_path / "out", asset_id="droid")
+    assert [place.name for place in (tmp_path / "out" / "assets").iterdir()] == ["droid"]
 
 
 def test_a_broken_pipeline_is_named(exported, tmp_path):
