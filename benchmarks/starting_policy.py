@@ -109,10 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
         print(f"{time.monotonic() - start:.0f} s: round {number}: {facts}", flush=True)
 
-    seeds = {"evaluation.seed": config.evaluation.seed + SEEDS_APART}
+    settings = apply_overrides(config, {"evaluation.seed": config.evaluation.seed + SEEDS_APART})
 
     def success(folder: Path) -> float:
-        settings = apply_overrides(config, seeds)
         report = evaluate(folder, options.scene, options.work / "evaluation", settings, NullReporter())
         print(f"{time.monotonic() - start:.0f} s: evaluated", flush=True)
         return report.nominal.success_rate

@@ -4,6 +4,10 @@ Every message says what was given, what is allowed, and what to do. The command 
 (exit code 1); a traceback appears only with ``--debug``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class GsrlError(Exception):
     """Base of every error that this project raises on purpose."""
@@ -59,3 +63,9 @@ class SafetyError(GsrlError):
 
 class GateError(GsrlError):
     """A quality gate between stages failed; the message carries the advice."""
+
+
+def listed(names: Sequence[str], shown: int) -> str:
+    """The first ``shown`` names for a message, and how many there are beside them."""
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest

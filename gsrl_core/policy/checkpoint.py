@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gsrl_core.artifacts import digest_file, write_bytes, write_json
 from gsrl_core.errors import CheckpointError
 from gsrl_core.policy.agent import Pi05Policy, require_horizon
 from gsrl_core.policy.config import Pi05Config, config_from_json, config_to_json
-from gsrl_core.policy.files import load_tensors, replacing, save_tensors, tensor_header
+from gsrl_core.policy.files import replacing, save_tensors
 from gsrl_core.policy.heads import check_head, fresh_heads, load_head
 from gsrl_core.policy.keys import HEADS, canonical, check_names, published_tensors, sort_tensors
 from gsrl_core.policy.origin import Origin
@@ -212,19 +212,46 @@ def read_config(folder: Path, discrete_state: bool | None = None) -> Pi05Config:
     return dataclasses.replace(config, discrete_state=discrete_state)
 
 
+class Stored(NamedTuple):
+    """The tensors of a checkpoint folder, under canonical names."""
+
+    files: tuple[Path, ...]
+    """Where they are."""
+    network: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    carried: dict[str, Tensor]
+    """What no computation needs."""
+
+
+def read_tensors(folder: Path, network: Pi05, read: Callable[[Sequence[Path]], dict[str, Tensor]]) -> Stored:
+    """What ``folder`` stores.
+
+    Args:
+        folder: of a checkpoint.
+        network: whose names and shapes the weights must have.
+        read: of :mod:`gsrl_core.policy.weights`, with numbers or without.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshapen, or a file is broken.
+    """
+    files = weights_files(folder)
+    tensors, heads, carried = sort_tensors(read(files))
+    check_names(tensors, network.state_dict(), str(files[0]))
+    own = folder / "heads.safetensors"
+    if own.is_file():
+        heads |= read((own,))
+        files = (*files, own)
+    return Stored(files, tensors, heads, carried)
+
+
 def load_network(
     folder: Path, config: Pi05Config, precision: str, device: torch.device | str
 ) -> tuple[Pi05, dict[str, Tensor], dict[str, Tensor]]:
     """The network, the heads' tensors and the carried tensors of ``folder``. Raises CheckpointError."""
-    files = weights_files(folder)
-    tensors, heads, carried = sort_tensors(load_weights(files))
-    if (folder / "heads.safetensors").is_file():
-        heads |= load_tensors(folder / "heads.safetensors")
-        files = (*files, folder / "heads.safetensors")
     compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.device("meta"):
         network = Pi05(config, compute_dtype)
-    check_names(tensors, network.state_dict(), str(files[0]))
+    files, tensors, heads, carried = read_tensors(folder, network, load_weights)
     dtypes = {name: _stored_dtype(name, compute_dtype) for name in tensors}
     network.origin = Origin.of(files, tensors, dtypes)
     # Copies: what stayed mapped would change with its file.
@@ -257,12 +284,9 @@ def check_checkpoint(
             or ``action_chunk`` do not fit config.json, or the noise head is of another range.
     """
     config = read_config(folder, discrete_state)
-    files = weights_files(folder)
-    network, heads, _ = sort_tensors(weights_header(files))
-    if (folder / "heads.safetensors").is_file():
-        heads |= tensor_header(folder / "heads.safetensors")
     with torch.device("meta"):
-        check_names(network, Pi05(config).state_dict(), str(files[0]))
+        network = Pi05(config)
+    heads = read_tensors(folder, network, weights_header).heads
     for head, prefix in zip(fresh_heads(config, noise_method, tuple(noise_std_range)), HEADS, strict=True):
         if head is not None:
             check_head(head, prefix, heads, folder)

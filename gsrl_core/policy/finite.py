@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-_SHOWN = 3
 
 
 class FirstFailure:
@@ -43,10 +41,3 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         return []
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     return [name for name, fine in zip(tensors, finite, strict=True) if not fine]
-
-
-def enumerated(names: Iterable[str]) -> str:
-    """The first few names, and how many there are beside them."""
-    names = list(names)
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

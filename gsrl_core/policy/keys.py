@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from gsrl_core.errors import CheckpointError
+from gsrl_core.errors import CheckpointError, listed
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 TIED_EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -93,7 +93,7 @@ def check_names(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         if given[name].shape != wanted[name].shape
     ]
     problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {listed(names, _SHOWN)}"
         for kind, names in (
             ("missing", sorted(set(wanted) - set(given))),
             ("unexpected", sorted(set(given) - set(wanted))),
@@ -118,9 +118,3 @@ def _same(first: Tensor, second: Tensor) -> bool:
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     return first.is_meta or torch.equal(first, second)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from gsrl_core.artifacts import write_bytes
-from gsrl_core.errors import CheckpointError
-from gsrl_core.policy.checkpoint import load_tokenizer, read_config, read_norm_stats, write_folder
+from gsrl_core.errors import CheckpointError, listed
+from gsrl_core.policy.checkpoint import load_tokenizer, read_config, read_norm_stats, read_tensors, write_folder
 from gsrl_core.policy.config import IMAGE_SLOTS, LEROBOT_MODES, PRESETS, Pi05Config
-from gsrl_core.policy.files import load_tensors, replacing, save_tensors
-from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, check_names, published_tensors, sort_tensors
+from gsrl_core.policy.files import replacing, save_tensors
+from gsrl_core.policy.keys import EMBEDDING, TIED_EMBEDDING, UNUSED, check_names, published_tensors
 from gsrl_core.policy.pi05 import Pi05
 from gsrl_core.policy.statistics import LEROBOT_FIELDS, statistics_id
 from gsrl_core.policy.transforms import STATISTICS, FieldStats
-from gsrl_core.policy.weights import load_weights, weights_files
+from gsrl_core.policy.weights import load_weights
 
 if TYPE_CHECKING:
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -64,7 +64,9 @@ def export_checkpoint(folder: Path, out: Path) -> dict[str, Any]:
     _require_full_size(folder, config)
     state, actions = read_norm_stats(folder, config)
     tokenizer = load_tokenizer(folder, config).path
-    network, heads, carried = _read_tensors(folder, config)
+    with torch.device("meta"):
+        wanted = Pi05(config)
+    _, network, heads, carried = read_tensors(folder, wanted, load_weights)
     settings = _settings(config, network, state.mean.numel(), actions.mean.numel())
     tensors, zeros = _with_unused(network, carried, settings, folder)
     facts = {"tensors": len(tensors), "dtype": settings.dtype, "filled_with_zeros": zeros}
@@ -106,7 +108,9 @@ def import_checkpoint(
     config = read_config(folder, discrete_state)
     stats = read_norm_stats(folder, config, asset_id)
     tokenizer = load_tokenizer(folder, config, tokenizer).path
-    network, heads, carried = _read_tensors(folder, config)
+    with torch.device("meta"):
+        wanted = Pi05(config)
+    _, network, heads, carried = read_tensors(folder, wanted, load_weights)
     tensors = published_tensors(network, carried, config.family)
     # Under the id that they had, so that settings which read the one read the other.
     own_id = statistics_id(folder, asset_id)
@@ -128,22 +132,10 @@ def _require_full_size(folder: Path, config: Pi05Config) -> None:
     sizes = {name: (getattr(config, name), getattr(PRESETS["pi05"], name)) for name in _FIXED}
     differing = [f"{name} {given} instead of {full}" for name, (given, full) in sizes.items() if given != full]
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(
             f"{folder} is not of pi0.5's full size, the only one that lerobot builds, so it cannot be exported: "
-            f"{', '.join(differing[:3])}{more}"
+            f"{listed(differing, 3)}"
         )
-
-
-def _read_tensors(folder: Path, config: Pi05Config) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Network, heads and carried tensors as they are stored, checked against the architecture."""
-    files = weights_files(folder)
-    network, heads, carried = sort_tensors(load_weights(files))
-    with torch.device("meta"):
-        check_names(network, Pi05(config).state_dict(), str(files[0]))
-    if (folder / "heads.safetensors").is_file():
-        heads |= load_tensors(folder / "heads.safetensors")
-    return network, heads, carried
 
 
 def _settings(config: Pi05Config, network: Mapping[str, Tensor], state_width: int, action_width: int) -> PI05Config:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsrl_core.errors import TrainingError
+from gsrl_core.errors import TrainingError, listed
 from gsrl_core.interfaces import Reporter
-from gsrl_core.policy.finite import FirstFailure, enumerated, non_finite
+from gsrl_core.policy.finite import FirstFailure, non_finite
 from gsrl_core.policy.frames import FrameSet
 from gsrl_core.policy.matching import Batch, matching_loss
 from gsrl_core.policy.pi05 import Pi05
@@ -26,6 +26,8 @@ LOG_EVERY = 100
 MAX_GRAD_NORM = 1.0
 FINAL_LEARNING_RATE = 0.1
 """The cosine ends at this fraction of the peak."""
+_SHOWN = 3
+"""Tensors that a message names."""
 
 
 class SftTrainer:
@@ -173,7 +175,7 @@ class SftTrainer:
         found = ["the loss"] if non_finite({"loss": loss}) else []
         for kind, tensors in (("weights", dict(self.network.named_parameters())), ("gradients", gradients)):
             if names := non_finite(tensors):
-                found.append(f"the {kind} {enumerated(names)}")
+                found.append(f"the {kind} {listed(names, _SHOWN)}")
         # Finite gradients can have a norm that is not.
         what = "; ".join(found) or "the norm of the gradients, none of which is alone"
         raise TrainingError(f"not finite in step {step}: {what}; {self._advice()}")
@@ -187,7 +189,7 @@ class SftTrainer:
         held |= {f"average {name}": tensor for name, tensor in self.average.items()}
         held |= {f"{key} {names[i]}": tensor for i, own in optimizer["state"].items() for key, tensor in own.items()}
         if broken := non_finite(held):
-            raise TrainingError(f"not finite after step {self.step}: {enumerated(broken)}; {self._advice()}")
+            raise TrainingError(f"not finite after step {self.step}: {listed(broken, _SHOWN)}; {self._advice()}")
         state = {
             "step": self.step,
             "key": self._key,

@@ -30,7 +30,7 @@ def read_statistics(folder: Path, config: Pi05Config, asset_id: str | None = Non
         CheckpointError: none, several, broken, or a statistic is missing that the normalisation computes with.
     """
     needed = NEEDED[config.normalization]
-    found = _norm_stats_files(folder, asset_id)
+    found = _norm_stats_file(folder, asset_id)
     if found is not None:
         return norm_stats_from_json(read_json(found), str(found), needed, config.action_dim)
     for path in sorted(folder.glob("policy_preprocessor*.safetensors")):
@@ -54,7 +54,7 @@ def statistics_id(folder: Path, asset_id: str | None = None) -> str | None:
     Raises:
         CheckpointError: as there.
     """
-    found = _norm_stats_files(folder, asset_id)
+    found = _norm_stats_file(folder, asset_id)
     return (_asset_id(found, folder) or None) if found else None
 
 
@@ -94,7 +94,7 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
 
 
-def _norm_stats_files(folder: Path, asset_id: str | None) -> Path | None:
+def _norm_stats_file(folder: Path, asset_id: str | None) -> Path | None:
     found = {_asset_id(path, folder): path for path in sorted(folder.rglob("norm_stats.json"))}
     listed = ", ".join(name or "beside the weights" for name in found)
     if asset_id is not None:

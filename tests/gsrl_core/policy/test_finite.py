@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gsrl_core.policy.finite import FirstFailure, enumerated, non_finite
+from gsrl_core.policy.finite import FirstFailure, non_finite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -26,8 +26,3 @@ def test_non_finite_tensors_are_named():
     tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, math.nan]), "c": torch.tensor(math.inf)}
     assert non_finite(tensors) == ["b", "c"]
     assert non_finite({}) == []
-
-
-def test_enumeration_shows_a_few_names():
-    assert enumerated("ab") == "a, b"
-    assert enumerated("abcde") == "a, b, c and 2 more"
